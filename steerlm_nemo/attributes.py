@@ -1,0 +1,178 @@
+"""Attribute schemas and attribute lines.
+
+An attribute line is the text a label turn carries: `quality:4,toxicity:0,lang:en` (reference: NeMo
+`preprocessing.py`, SteerLM arXiv:2310.05344 section 3). A schema says which attributes exist, in which order,
+with which range. The order is the order of training, whatever order a caller uses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from steerlm_nemo.errors import FormatMismatchError, InputError
+
+LANG = "lang"
+
+# The 35 codes the reference annotator accepts (NeMo attribute_annotate.py).
+LANGUAGES = tuple(
+    "ar bg bn ca cs da de el en eo es eu fa fi fr gl he hu id it ja ko nb nl pl pt ro ru sk sv th tr uk vi zh".split()
+)
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """The grades of one turn, in the order they are written. An empty tuple is an empty line, not "ungraded"."""
+
+    items: tuple[tuple[str, int | str], ...]
+
+    @classmethod
+    def parse(cls, line: str) -> Attributes:
+        """Read `key:int,...[,lang:xx]`. Raises ValueError saying which item is malformed."""
+        if line == "":
+            return cls(())
+        items: list[tuple[str, int | str]] = []
+        for item in line.split(","):
+            key, colon, value = item.partition(":")
+            if not colon or not key or key in dict(items):
+                raise ValueError(f"attribute item {item!r} is not a new key:value pair")
+            if key == LANG:
+                items.append((key, value))
+            elif value.isascii() and value.isdigit():
+                items.append((key, int(value)))
+            else:
+                raise ValueError(f"attribute {key} has value {value!r}, which is not a whole number")
+        return cls(tuple(items))
+
+    @property
+    def line(self) -> str:
+        """The text form; `Attributes.parse(a.line) == a`."""
+        return ",".join(f"{key}:{value}" for key, value in self.items)
+
+    def as_dict(self) -> dict[str, int | str]:
+        return dict(self.items)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One graded attribute: whole numbers from `minimum` to `maximum`, both included."""
+
+    name: str
+    minimum: int = 0
+    maximum: int = 4
+    default: int = 0
+
+    def values(self) -> range:
+        return range(self.minimum, self.maximum + 1)
+
+
+@dataclass(frozen=True)
+class AttributeSchema:
+    """Names, order, ranges and steering defaults of the attributes a model was trained with."""
+
+    name: str
+    attributes: tuple[Attribute, ...]
+    languages: tuple[str, ...] = ()  # legal values of the `lang` pseudo-attribute; empty: the model has no `lang`
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(attribute.name for attribute in self.attributes)
+
+    def keys(self) -> tuple[str, ...]:
+        """Attribute names and, where the schema has it, `lang` last: the order of a full line."""
+        return self.names + ((LANG,) if self.languages else ())
+
+    def legal_values(self, key: str) -> tuple[str, ...]:
+        """The texts that may follow `key:`. Raises InputError for an unknown key, naming the nearest."""
+        if key == LANG and self.languages:
+            return self.languages
+        for attribute in self.attributes:
+            if attribute.name == key:
+                return tuple(str(value) for value in attribute.values())
+        near = difflib.get_close_matches(key, self.keys(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"unknown attribute {key!r}{hint} This model knows: {', '.join(self.keys())}.")
+
+    def check(self, attributes: Attributes) -> None:
+        """Raise InputError if a key is unknown or a value is outside its range."""
+        for key, value in attributes.items:
+            legal = self.legal_values(key)
+            if str(value) not in legal:
+                span = f"{legal[0]} to {legal[-1]}" if key != LANG else "one of " + " ".join(legal)
+                raise InputError(f"attribute {key} is {value}, but it must be {span}")
+
+    def order(self, values: Mapping[str, int | str]) -> Attributes:
+        """The given values in schema order, checked. Attributes that are not given are left out."""
+        for key in values:
+            self.legal_values(key)
+        attributes = Attributes(tuple((key, values[key]) for key in self.keys() if key in values))
+        self.check(attributes)
+        return attributes
+
+    def complete(self, values: Mapping[str, int | str]) -> Attributes:
+        """A full line for steering: the given values, the schema's default for every other attribute."""
+        full: dict[str, int | str] = {attribute.name: attribute.default for attribute in self.attributes}
+        if self.languages:
+            full[LANG] = "en" if "en" in self.languages else self.languages[0]
+        return self.order({**full, **values})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "attributes": [asdict(attribute) for attribute in self.attributes],
+            "languages": list(self.languages),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AttributeSchema:
+        """Inverse of `to_dict`. Raises FormatMismatchError if the mapping is not a schema."""
+        try:
+            return cls(
+                name=str(data["name"]),
+                attributes=tuple(Attribute(**attribute) for attribute in data["attributes"]),
+                languages=tuple(data["languages"]),
+            )
+        except (KeyError, TypeError) as err:
+            raise FormatMismatchError(f"not an attribute schema: {err}. Found: {dict(data)!r}") from err
+
+
+_HIGH = {"quality", "helpfulness", "correctness", "coherence", "complexity", "verbosity"}
+
+
+def _schema(name: str, names: str, *, maximum: int = 4, languages: tuple[str, ...] = ()) -> AttributeSchema:
+    # Steering defaults as the reference's clients have them: the wanted attributes at the top, the rest at 0.
+    attributes = tuple(Attribute(key, 0, maximum, maximum if key in _HIGH else 0) for key in names.split())
+    return AttributeSchema(name, attributes, languages)
+
+
+NEMO12_LANG = _schema(
+    "nemo12+lang",
+    "quality toxicity humor creativity violence helpfulness not_appropriate hate_speech sexual_content fails_task"
+    " political_content moral_judgement",
+    languages=LANGUAGES,
+)
+HELPSTEER5 = _schema("helpsteer5", "helpfulness correctness coherence complexity verbosity")
+COMBINED9 = _schema(
+    "combined9", "quality toxicity humor creativity helpfulness correctness coherence complexity verbosity"
+)
+PAPER7 = _schema("paper7", "quality toxicity violence helpfulness creativity humor inappropriateness", maximum=9)
+TOY6 = _schema("toy6", "quality toxicity humor creativity helpfulness verbosity")
+
+PRESETS = {schema.name: schema for schema in (NEMO12_LANG, HELPSTEER5, COMBINED9, PAPER7, TOY6)}
+
+
+def schema_named(name: str) -> AttributeSchema:
+    """A preset by name. Raises InputError listing the presets."""
+    if name not in PRESETS:
+        raise InputError(f"unknown attribute schema {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def digest_of(data: Mapping[str, Any]) -> str:
+    """16 hex digits of the SHA-256 of the canonical JSON of `data`."""
+    canonical = json.dumps(data, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""The exceptions a user can cause, and the one place that turns them into an exit code.
+
+A message says what is wrong, where (file:line, record, key) and what to do next. Anything that is not a
+`SteerLMError` is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_BAD_INPUT = 2
+EXIT_INCOMPLETE = 3
+EXIT_INTERRUPTED = 130
+
+
+class SteerLMError(Exception):
+    """Base of every error a user can cause; `exit_code` is what the process ends with."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class InputError(SteerLMError):
+    """A file, directory or command-line value that cannot be used."""
+
+
+class RecordError(SteerLMError):
+    """One record of a data file that cannot be used; the message starts with file:line."""
+
+
+class ConfigError(SteerLMError):
+    """A configuration that cannot run; the message lists every problem found."""
+
+
+class CheckpointError(SteerLMError):
+    """A checkpoint that is damaged, unsafe, of an unknown architecture or does not fit the request."""
+
+
+class FormatMismatchError(SteerLMError):
+    """Two sides disagree about markers or attribute schema; the message shows both."""
+
+
+class ServerError(SteerLMError):
+    """A server that cannot be reached, or that answered with an error after all retries."""
+
+
+class IncompleteError(SteerLMError):
+    """The work ended, but some records are missing; the message counts them and names the reject file."""
+
+    exit_code = EXIT_INCOMPLETE
+
+
+def exit_with_message(main: Callable[[], None]) -> None:
+    """Run `main`; print a user's error as one `error: ...` message without a traceback, then exit."""
+    try:
+        main()
+    except SteerLMError as err:
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(err.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

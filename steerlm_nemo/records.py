@@ -1,0 +1,179 @@
+"""JSONL files, read and written so that nothing is lost in silence.
+
+`.jsonl` and `.jsonl.gz`, one JSON object per line, UTF-8. Outputs appear under their final name only when complete.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from steerlm_nemo.conversation import RecordRef
+from steerlm_nemo.errors import InputError, RecordError
+
+
+@dataclass(frozen=True)
+class RawLine:
+    """One line as it stands in the file. `record` is None where `problem` says why the line is unusable."""
+
+    ref: RecordRef
+    raw: bytes  # without the line end
+    record: dict[str, Any] | None
+    problem: str | None = None
+
+
+def require_file(path: str | Path) -> Path:
+    """The path, if it is a readable file. Raises InputError otherwise, saying what is there instead."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; a file is needed here")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return path
+
+
+def read_lines(path: str | Path) -> Iterator[RawLine]:
+    """Every line of a JSONL file, blank ones excepted, malformed ones marked with their problem.
+
+    Streams: memory does not grow with the file.
+
+    Raises:
+        InputError: no such file, a directory, or a gzip stream that is damaged or cut off.
+    """
+    path = require_file(path)
+    line_number = 0
+    try:
+        with _open_bytes(path) as file:
+            for line_number, line in enumerate(file, 1):
+                raw = line.rstrip(b"\r\n")
+                if line_number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield _parse(RecordRef(str(path), line_number), raw)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as err:
+        raise InputError(f"{path}: damaged gzip data after line {line_number}: {err}. Fetch the file again.") from err
+
+
+def read_records(path: str | Path) -> Iterator[tuple[RecordRef, dict[str, Any]]]:
+    """As `read_lines`, but the first malformed line raises RecordError."""
+    for line in read_lines(path):
+        if line.record is None:
+            raise RecordError(f"{line.ref}: {line.problem}")
+        yield line.ref, line.record
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if is_gzip else path.open("rb")
+
+
+def _parse(ref: RecordRef, raw: bytes) -> RawLine:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as err:
+        return RawLine(ref, raw, None, f"not UTF-8 (byte {err.start})")
+    try:
+        record = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as err:
+        return RawLine(ref, raw, None, f"not JSON: {err}")
+    if not isinstance(record, dict):
+        return RawLine(ref, raw, None, f"a JSON object is needed, found {type(record).__name__}")
+    return RawLine(ref, raw, record)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def dump_record(record: Mapping[str, Any]) -> str:
+    """One line as the reference writes it: default separators, non-ASCII literal, key order kept.
+
+    Raises:
+        ValueError: a text holds a lone surrogate, which UTF-8 cannot carry.
+    """
+    line = json.dumps(record, ensure_ascii=False)
+    line.encode("utf-8")
+    return line
+
+
+@contextmanager
+def atomic_output(path: str | Path) -> Iterator[IO[str]]:
+    """A text file that takes its final name when the block ends without an error, and vanishes otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass
+class Accounting:
+    """Where every record read has gone. Rejected records are kept in a file beside the output."""
+
+    rejects_path: Path
+    strict: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    _file: IO[str] | None = None
+
+    @classmethod
+    def beside(cls, output: str | Path, strict: bool = False) -> Accounting:
+        return cls(Path(f"{output}.rejects.jsonl"), strict)
+
+    def __enter__(self) -> Accounting:
+        # An old reject file would describe another run.
+        self.rejects_path.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def written(self) -> None:
+        self.counts["written"] += 1
+
+    def filtered(self, reason: str) -> None:
+        """Left out because the user asked for it (a filter, a length limit)."""
+        self.counts["filtered"] += 1
+        self.reasons[reason] += 1
+
+    def rejected(self, ref: RecordRef, reason: str, raw: bytes) -> None:
+        """Unusable. Raises RecordError in strict mode."""
+        if self.strict:
+            raise RecordError(f"{ref}: {reason}")
+        self.counts["rejected"] += 1
+        self.reasons[reason.split(":")[0]] += 1
+        if self._file is None:
+            self.rejects_path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.rejects_path.open("w", encoding="utf-8", newline="\n")
+        raw_text = raw.decode("utf-8", errors="backslashreplace")
+        self._file.write(json.dumps({"where": str(ref), "reason": reason, "raw": raw_text}, ensure_ascii=True) + "\n")
+        self._file.flush()
+
+    def summary(self) -> str:
+        """Counts that add up to the records read, reasons, and the reject file if there is one."""
+        total = sum(self.counts.values())
+        text = f"{total} read = " + " + ".join(
+            f"{self.counts[kind]} {kind}" for kind in ("written", "filtered", "rejected")
+        )
+        if self.reasons:
+            text += " (" + "; ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common()) + ")"
+        if self.counts["rejected"]:
+            text += f"; rejected records are in {self.rejects_path}"
+        return text
