@@ -19,9 +19,11 @@ from steerlm_nemo.errors import FormatMismatchError, InputError
 LANG = "lang"
 
 # The 35 codes the reference annotator accepts (NeMo attribute_annotate.py).
-LANGUAGES = tuple(
-    "ar bg bn ca cs da de el en eo es eu fa fi fr gl he hu id it ja ko nb nl pl pt ro ru sk sv th tr uk vi zh".split()
-)
+LANGUAGES = (
+    *("ar", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "eo", "es", "eu"),
+    *("fa", "fi", "fr", "gl", "he", "hu", "id", "it", "ja", "ko", "nb", "nl"),
+    *("pl", "pt", "ro", "ru", "sk", "sv", "th", "tr", "uk", "vi", "zh"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.errors import RecordError
 
-TEXT_TO_VALUE = "TEXT_TO_VALUE"
-VALUE_TO_TEXT = "VALUE_TO_TEXT"
-RECORD_TYPES = (TEXT_TO_VALUE, VALUE_TO_TEXT)
 RecordType = Literal["TEXT_TO_VALUE", "VALUE_TO_TEXT"]
+TEXT_TO_VALUE: RecordType = "TEXT_TO_VALUE"
+VALUE_TO_TEXT: RecordType = "VALUE_TO_TEXT"
+RECORD_TYPES = (TEXT_TO_VALUE, VALUE_TO_TEXT)
 
 USER = "User"
 ASSISTANT = "Assistant"

@@ -64,9 +64,7 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         for field in fields(self):
             if not getattr(self, field.name):
-                raise ConfigError(
-                    f"chat_prompt_tokens.{field.name} is empty; every marker needs at least one character"
-                )
+                raise ConfigError(f"chat_prompt_tokens.{field.name} is empty; a marker needs a character")
         markers = self.markers
         if any(a != b and a in b for a in markers for b in markers) or len(set(markers)) < len(markers):
             raise ConfigError(f"chat_prompt_tokens: the markers {markers!r} must differ and none may contain another")
