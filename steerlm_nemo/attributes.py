@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class Attributes:
                 raise ValueError(f"attribute item {item!r} is not a new key:value pair")
             if key == LANG:
                 items.append((key, value))
-            elif value.isascii() and value.isdigit():
+            elif re.fullmatch(r"0|[1-9][0-9]{0,8}", value):
                 items.append((key, int(value)))
             else:
                 raise ValueError(f"attribute {key} has value {value!r}, which is not a whole number")

@@ -53,13 +53,13 @@ def read_lines(path: str | Path) -> Iterator[RawLine]:
     path = require_file(path)
     line_number = 0
     try:
-        with _open_bytes(path) as file:
+        with open_bytes(path) as file:
             for line_number, line in enumerate(file, 1):
                 raw = line.rstrip(b"\r\n")
                 if line_number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
-                    yield _parse(RecordRef(str(path), line_number), raw)
+                    yield parse_line(RecordRef(str(path), line_number), raw)
     except (gzip.BadGzipFile, EOFError, zlib.error) as err:
         raise InputError(f"{path}: damaged gzip data after line {line_number}: {err}. Fetch the file again.") from err
 
@@ -72,13 +72,15 @@ def read_records(path: str | Path) -> Iterator[tuple[RecordRef, dict[str, Any]]]
         yield line.ref, line.record
 
 
-def _open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
+def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """The bytes of a file, decompressed where its content (not its name) says gzip."""
     with path.open("rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if is_gzip else path.open("rb")
 
 
-def _parse(ref: RecordRef, raw: bytes) -> RawLine:
+def parse_line(ref: RecordRef, raw: bytes) -> RawLine:
+    """One line, without its line end, as a JSON object or as the problem that it has."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as err:
@@ -109,12 +111,22 @@ def dump_record(record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def atomic_output(path: str | Path) -> Iterator[IO[str]]:
-    """A text file that takes its final name when the block ends without an error, and vanishes otherwise."""
+    """A text file that takes its final name when the block ends without an error, and vanishes otherwise.
+
+    Raises:
+        InputError: nothing can be written at this path.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; name a file to write")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        output = partial.open("w", encoding="utf-8", newline="\n")
+    except OSError as err:
+        raise InputError(f"{path}: cannot be written here: {err.strerror}. Choose another output path.") from err
+    try:
+        with output as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -98,14 +98,14 @@ class ChatTemplate:
         yield Segment(
             self.system_turn_start + SYSTEM_ROLE + self.end_of_name + system + self.end_of_turn, -1, "header", False
         )
-        closes_target = False  # does the coming turn start close a supervised turn?
+        ends_unlabelled = False  # is the turn before one that should have been graded, but has no label (D-09)?
         for index, turn in enumerate(conversation.turns):
             masked = turn.role in conversation.mask_roles or (index == 0 and not is_t2v)
             # The marker that opens a masked turn is the target that ends the turn before it.
-            starts_in_loss = turn.role in conversation.mask_roles and index >= (1 if is_t2v else 2) and closes_target
+            starts_in_loss = turn.role in conversation.mask_roles and index >= (1 if is_t2v else 2)
             text, _ = self.sanitise(turn.text)
             role, _ = self.sanitise(turn.role)
-            yield Segment(self.turn_start, index, "turn_start", starts_in_loss)
+            yield Segment(self.turn_start, index, "turn_start", starts_in_loss and not ends_unlabelled)
             yield Segment(role + self.end_of_name, index, "name", False)
             label = turn.attributes.line + self.end_of_name if turn.attributes is not None else None
             if is_t2v:
@@ -113,15 +113,14 @@ class ChatTemplate:
                 if label is not None:
                     yield Segment(self.label_start, index, "label_start", False)
                     yield Segment(label, index, "label", not masked)
-                closes_target = not masked and label is not None
+                ends_unlabelled = not masked and label is None
             else:
                 if label is not None and conversation.type == VALUE_TO_TEXT:
                     yield Segment(self.label_start, index, "label_start", False)
                     yield Segment(label, index, "label", False)
                 yield Segment(text + self.end_of_turn, index, "text", not masked)
-                closes_target = not masked
         if conversation.turns[-1].role not in conversation.mask_roles:
-            yield Segment(self.turn_start, len(conversation.turns), "turn_start", closes_target)
+            yield Segment(self.turn_start, len(conversation.turns), "turn_start", not ends_unlabelled)
 
     def num_markers_in_content(self, conversation: Conversation) -> int:
         """Marker texts that rendering will take out of system prompt, roles and turns."""
