@@ -1,0 +1,86 @@
+"""Grade the turns of a chat file with a served value model (SteerLM step 2).
+
+    python scripts/megatron_gpt_eval.py gpt_model_file=value.nemo server=True port=1424      # in another shell
+    python scripts/attribute_annotate.py --input_file_name=data/oasst_v2t_train.jsonl \
+        --output_file_name=data/oasst_v2t_train_value_output.jsonl --port_num=1424 --output_type=VALUE_TO_TEXT
+
+Stopped or killed, it goes on where it was when the same command is run again.
+"""
+
+import argparse
+import sys
+
+from steerlm_nemo.errors import exit_with_message
+
+COMPAT = "nemo1.23"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Grade the turns of a chat file with a served value model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def flag(name: str, **settings: object) -> None:
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        parser.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
+
+    flag("input_file_name", default="input.jsonl", help="chat records, .jsonl or .jsonl.gz")
+    flag("output_file_name", default="output.jsonl", help="appears when every record is annotated")
+    flag("host", default="localhost", help="where the value model is served")
+    flag("port_num", type=int, default=1424, help="its port")
+    flag("batch_size", type=int, default=1, help="conversations per request")
+    flag("concurrency", type=int, default=8, help="requests under way at a time")
+    flag("process_lang", type=boolean, nargs="?", const=True, default=True, help="write lang, if the model knows it")
+    flag("turns", choices=("assistant", "all"), help="which turns to grade (assistant; all with --compat)")
+    flag("mode", choices=("line", "slots"), help="one request per turn (line), or per value (slots; with --compat)")
+    flag(
+        "output_type",
+        default="keep",
+        choices=("keep", "VALUE_TO_TEXT", "TEXT_TO_VALUE"),
+        help="`type` of the output records; VALUE_TO_TEXT makes them ready to train the SteerLM model on",
+    )
+    flag("retries", type=int, default=8, help="how often a request is sent again, with growing pauses")
+    flag("timeout_s", type=float, default=600.0, help="seconds to wait for one answer")
+    flag("allow_rejected", action="store_true", help="finish without records that cannot be annotated")
+    flag("compat", choices=(COMPAT,), help="grade as the reference does: every turn, one value per request")
+    return parser.parse_args()
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def main() -> None:
+    args = parse_args()
+    from steerlm_nemo.annotation.annotate import AnnotationSettings, annotate
+    from steerlm_nemo.serving.client import ServerClient
+
+    settings = AnnotationSettings(
+        turns=args.turns or ("all" if args.compat else "assistant"),
+        mode=args.mode or ("slots" if args.compat else "line"),
+        output_type=args.output_type,
+        process_lang=args.process_lang,
+    )
+    client = ServerClient(args.host, args.port_num, args.timeout_s, args.retries)
+    summary = annotate(
+        args.input_file_name,
+        args.output_file_name,
+        client,
+        settings,
+        batch_size=args.batch_size,
+        concurrency=args.concurrency,
+        allow_rejected=args.allow_rejected,
+        compat=args.compat is not None,
+    )
+    print(summary.text())
+    print(f"{args.output_file_name} written; {client.num_requests} requests, {client.num_retries} of them retries")
+    if summary.num_records == 0:
+        print("WARNING: no record was annotated", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,148 @@
+"""One turn's attribute line, asked of a value model.
+
+The reference asks one token at a time: `quality:` -> `4`, `quality:4,toxicity:` -> `0`, ... thirteen requests a
+turn. A greedy model that writes the whole line with every key in its place has answered the same questions: each
+value is its most likely token after the same text. So one request is enough, as long as the keys and values come
+out legal; from the first item that does not, the rest of the line is asked slot by slot.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from steerlm_nemo.attributes import Attributes, AttributeSchema
+from steerlm_nemo.serving.client import ServerClient
+from steerlm_nemo.template import SteerLMFormat
+
+GREEDY = {"greedy": True, "temperature": 0.1, "top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0, "add_BOS": False}
+
+
+@dataclass
+class Line:
+    """The items found so far for one prompt, and how they were found."""
+
+    prompt: str
+    items: list[tuple[str, str]] = field(default_factory=list)
+    num_slots: int = 0  # values asked alone
+    num_chosen: int = 0  # of those: the model's first choice was illegal, the likeliest legal value was taken
+
+    @property
+    def text(self) -> str:
+        return ",".join(f"{key}:{value}" for key, value in self.items)
+
+    def before_value(self, key: str) -> str:
+        """The prompt up to and including `key:`."""
+        return self.prompt + ",".join([f"{k}:{v}" for k, v in self.items] + [f"{key}:"])
+
+
+class LineReader:
+    """Reads attribute lines from one server. `mode` is "line" or "slots"; both give the same greedy values."""
+
+    def __init__(self, client: ServerClient, served: SteerLMFormat, mode: str) -> None:
+        self._client = client
+        self._schema = served.schema
+        self._keys = served.schema.keys()
+        self._end = served.template.end_of_name
+        self._stops = [served.template.turn_start, served.template.end_of_name]
+        self._mode = mode
+        self._longest_line = len(self._longest().encode()) + 1
+
+    def read(self, prompts: Sequence[str]) -> list[tuple[Attributes, Counter[str]]]:
+        """One full, legal line per prompt, with counts of `by_line`, `by_slots`, `slots` and `chosen`.
+
+        Raises:
+            ServerError: see `ServerClient.generate`.
+        """
+        lines = [Line(prompt) for prompt in prompts]
+        if self._mode == "line":
+            self._read_whole(lines)
+        for key in self._keys:
+            self._read_slot([line for line in lines if key not in dict(line.items)], key)
+        return [(Attributes.parse(line.text), self._counts(line)) for line in lines]
+
+    def _read_whole(self, lines: Sequence[Line]) -> None:
+        generation = self._client.generate(
+            [line.prompt for line in lines],
+            tokens_to_generate=self._longest_line,  # a token is at least one byte
+            min_tokens_to_generate=1,
+            end_strings=self._stops,
+            **GREEDY,
+        )
+        for line, completion in zip(lines, generation.completions, strict=True):
+            line.items = legal_prefix(completion, self._schema, self._end)
+
+    def _read_slot(self, lines: Sequence[Line], key: str) -> None:
+        if not lines:
+            return
+        legal = self._schema.legal_values(key)
+        values: list[str] = [""] * len(lines)
+        # One token cannot tell 1 from the beginning of 10.
+        if not any(a != b and b.startswith(a) for a in legal for b in legal):
+            generation = self._client.generate(
+                [line.before_value(key) for line in lines],
+                tokens_to_generate=1,
+                min_tokens_to_generate=1,
+                end_strings=self._stops,
+                **GREEDY,
+            )
+            values = [completion.strip() for completion in generation.completions]
+        for line, value in zip(lines, values, strict=True):
+            line.num_slots += 1
+            if value not in legal:
+                value = self._likeliest(line.before_value(key), key, legal)
+                line.num_chosen += 1
+            line.items.append((key, value))
+
+    def _likeliest(self, prompt: str, key: str, legal: Sequence[str]) -> str:
+        """The legal value with the highest probability after `prompt`, its closing separator included.
+
+        The separator makes values comparable of which one begins another (1 and 10). Each candidate is sent as a
+        prompt and its own log-probabilities are read, which needs no answer over the whole vocabulary.
+        """
+        after = self._end if key == self._keys[-1] else ","
+        generation = self._client.generate(
+            [prompt + value + after for value in legal],
+            tokens_to_generate=1,
+            min_tokens_to_generate=0,
+            compute_logprob=True,
+            end_strings=self._stops,
+            **GREEDY,
+        )
+        rows = [row[:-1] for row in generation.token_ids]  # without the one generated token
+        shared = 0
+        while all(len(row) > shared for row in rows) and len({row[shared] for row in rows}) == 1:
+            shared += 1
+        assert generation.logprob is not None  # asked for above
+        scores = [
+            sum(logprob[max(shared, 1) - 1 : len(row) - 1])
+            for row, logprob in zip(rows, generation.logprob, strict=True)
+        ]
+        return legal[scores.index(max(scores))]
+
+    def _counts(self, line: Line) -> Counter[str]:
+        found_by = "by_slots" if line.num_slots else "by_line"
+        return Counter({found_by: 1, "slots": line.num_slots, "chosen": line.num_chosen})
+
+    def _longest(self) -> str:
+        return ",".join(f"{key}:{max(self._schema.legal_values(key), key=len)}" for key in self._keys)
+
+
+def legal_prefix(completion: str, schema: AttributeSchema, end: str) -> list[tuple[str, str]]:
+    """The items a completion begins with that are what slot-by-slot asking would have found.
+
+    An item counts if its key is the schema's next and its value is legal and closed: by a comma, or by `end` after
+    the last. (An item cut off by a limit may be the beginning of another value.)
+    """
+    items: list[tuple[str, str]] = []
+    rest = completion
+    keys = schema.keys()
+    for key in keys:
+        closing = end if key == keys[-1] else ","
+        value, closed, after = rest.removeprefix(f"{key}:").partition(closing)
+        if not rest.startswith(f"{key}:") or not closed or value not in schema.legal_values(key):
+            break
+        items.append((key, value))
+        rest = after
+    return items

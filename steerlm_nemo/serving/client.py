@@ -1,0 +1,167 @@
+"""HTTP client of our server, for the annotator and the steering client.
+
+Two kinds of failure: the server could not answer now (down, time-out, 5xx, 429, an answer cut short), which is
+retried with growing pauses; and the server refused the request (4xx), which no retry can change.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from steerlm_nemo.errors import FormatMismatchError, InputError, ServerError
+from steerlm_nemo.template import SteerLMFormat
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+
+
+class RequestRefusedError(ServerError):
+    """The server answered 4xx: this request will never succeed."""
+
+
+class Generation:
+    """One answered `/generate` request: what each prompt was continued with, and the log-probabilities if asked."""
+
+    def __init__(self, sentences: Sequence[str], answer: Any, where: str) -> None:
+        if isinstance(answer, str):  # how NeMo's server, and ours in its compat mode, refuses a request
+            raise RequestRefusedError(f"{where} refused the request: {answer}")
+        texts = answer.get("sentences") if isinstance(answer, dict) else None
+        if not isinstance(texts, list) or len(texts) != len(sentences):
+            raise ServerError(f"{where} answered something other than {len(sentences)} sentences: {str(answer)[:200]}")
+        for sentence, text in zip(sentences, texts, strict=True):
+            if not isinstance(text, str) or not text.startswith(sentence):
+                raise ServerError(f"{where} answered a sentence that does not begin with its prompt: {text!r:.200}")
+        self.completions = [text[len(sentence) :] for sentence, text in zip(sentences, texts, strict=True)]
+        self.token_ids: list[list[int]] = answer.get("token_ids")
+        self.logprob: list[list[float]] | None = answer.get("logprob")
+
+
+class ServerClient:
+    """A server's address with time-out and retry policy. One client may be shared by several threads."""
+
+    def __init__(self, host: str, port: int, timeout_s: float = 600.0, retries: int = 8) -> None:
+        self.where = f"http://{host}:{port}"
+        self.num_requests = 0
+        self.num_retries = 0  # retries made so far
+        self._retries = retries
+        self._http = httpx.Client(
+            base_url=self.where,
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,  # a proxy meant for the internet must not stand between us and our own server
+        )
+        self._lock = threading.Lock()
+
+    def generate(self, sentences: Sequence[str], **settings: Any) -> Generation:
+        """Continue every sentence. `settings` are keys of `PUT /generate`.
+
+        Raises:
+            RequestRefusedError: the server says the request is wrong.
+            ServerError: no answer after all retries.
+        """
+        body = {"sentences": list(sentences), **settings}
+        return self._with_retries(lambda: Generation(sentences, self._json("PUT", "/generate", body), self.where))
+
+    def is_ready(self) -> bool:
+        """Does GET /health answer now? One try."""
+        try:
+            return bool(self._json("GET", "/health").get("ready"))
+        except (ServerError, AttributeError):
+            return False
+
+    def format(self) -> SteerLMFormat | None:
+        """The served model's template and schema; None if its checkpoint has none, or the server does not know.
+
+        Raises:
+            ServerError: the server cannot be reached.
+        """
+        response = self._with_retries(lambda: self._send("GET", "/v1/attributes"))
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        try:
+            return SteerLMFormat.from_dict(self._content(response))
+        except FormatMismatchError as err:
+            raise ServerError(f"{self.where}/v1/attributes did not answer with a SteerLM format: {err}") from err
+
+    def require_format(self, record_type: str) -> SteerLMFormat:
+        """As `format`, but only for a model of this type. Raises InputError naming what is served instead."""
+        served = self.format()
+        if served is None:
+            raise InputError(
+                f"the model at {self.where} carries no template and attributes: it is not a SteerLM checkpoint. "
+                "Serve a .nemo made by scripts/train_gpt_sft.py."
+            )
+        if served.record_type != record_type:
+            raise InputError(
+                f"the model at {self.where} was trained for {served.record_type}, but this needs {record_type}. "
+                f"{_WHAT_TO_SERVE[record_type]}"
+            )
+        return served
+
+    def _with_retries(self, send: Any) -> Any:
+        for attempt in range(self._retries + 1):
+            try:
+                return send()
+            except RequestRefusedError:
+                raise
+            except ServerError as err:
+                if attempt == self._retries:
+                    tries = f" ({attempt + 1} tries)" if attempt else ""
+                    raise type(err)(f"{err}{tries}") from err
+                with self._lock:
+                    self.num_retries += 1
+                pause_s = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
+                # Spread out, or all the threads that failed together would come back together.
+                threading.Event().wait(pause_s * random.uniform(0.5, 1.0))
+
+    def _json(self, method: str, path: str, body: Any = None) -> Any:
+        return self._content(self._send(method, path, body))
+
+    def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        with self._lock:
+            self.num_requests += 1
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.ConnectError as err:
+            raise ServerError(
+                f"no server answers at {self.where} ({err}). Start it, or give its host and port."
+            ) from err
+        except httpx.TimeoutException as err:
+            raise ServerError(
+                f"{self.where}{path} did not answer in time ({type(err).__name__}). Is the server overloaded? "
+                "A longer time-out or a smaller batch may help."
+            ) from err
+        except httpx.HTTPError as err:
+            raise ServerError(f"{self.where}{path}: the connection broke ({err or type(err).__name__})") from err
+        if response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+            raise ServerError(f"{self.where}{path} answered {response.status_code}: {_message(response)}")
+        return response
+
+    def _content(self, response: httpx.Response) -> Any:
+        path = response.request.url.path
+        if response.status_code != httpx.codes.OK:
+            raise RequestRefusedError(f"{self.where}{path} answered {response.status_code}: {_message(response)}")
+        try:
+            return response.json()
+        except ValueError as err:
+            raise ServerError(
+                f"{self.where}{path} answered something that is not JSON: {response.text[:200]!r}"
+            ) from err
+
+
+_WHAT_TO_SERVE = {
+    "TEXT_TO_VALUE": "Serve a value model, the one trained on TEXT_TO_VALUE records.",
+    "VALUE_TO_TEXT": "Serve a SteerLM model, the one trained on VALUE_TO_TEXT records.",
+}
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200] or "no message"

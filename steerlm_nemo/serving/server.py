@@ -1,0 +1,98 @@
+"""Running the API on a socket: port checks before the model is loaded, and an orderly end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+
+from steerlm_nemo.errors import InputError
+
+LOOPBACK = "127.0.0.1"
+GRACEFUL_STOP_S = 30
+
+logger = logging.getLogger("steerlm_nemo.serving")
+
+
+def open_listener(port: int, host: str = LOOPBACK) -> socket.socket:
+    """A bound socket, not yet listening: take the port before the model is loaded, answer when it is.
+
+    `port` 0 takes a free one; `listener.getsockname()[1]` tells which.
+
+    Raises:
+        InputError: the port is taken or not allowed, or the host is no address of this machine.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"port {port} is not a port; use 1 to 65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        # Lets a restarted server have its port back at once; a port with a listener is refused all the same.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except socket.gaierror as err:
+        raise InputError(f"host {host!r} cannot be resolved ({err}); use 127.0.0.1 or an address of yours") from err
+    except OSError as err:
+        if err.errno == errno.EADDRINUSE:
+            raise InputError(
+                f"port {port} on {host} is in use. Stop the server that has it, or choose another with port=..."
+            ) from err
+        raise InputError(f"cannot listen on {host} port {port}: {err.strerror}") from err
+    if not _is_loopback(listener.getsockname()[0]):
+        print(
+            f"WARNING: serving on {host}: every machine that reaches this address can use the model, "
+            "without a password and without encryption. Bind 127.0.0.1 unless a proxy guards it.",
+            file=sys.stderr,
+        )
+    return listener
+
+
+def serve(app: Starlette, listener: socket.socket, name: str) -> None:
+    """Answer requests until SIGTERM or SIGINT; requests in flight are finished, then this returns."""
+    host, port = listener.getsockname()[:2]
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,  # ours has rows and milliseconds, and no addresses
+        timeout_graceful_shutdown=GRACEFUL_STOP_S,
+        lifespan="on",
+    )
+    print(f"serving {name} on http://{host}:{port}", flush=True)
+    _Server(config).run(sockets=[listener])
+    print(f"stopped serving {name}", flush=True)
+
+
+class _Server(uvicorn.Server):
+    """Ends by returning: uvicorn raises the signal again at the end, which would skip the other ranks' farewell."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

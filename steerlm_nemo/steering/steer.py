@@ -1,0 +1,224 @@
+"""Asking a SteerLM model for a response at requested attribute values (SteerLM, arXiv:2310.05344, step 3).
+
+The prompt is built by the template the model was trained with, fetched from its server, so its bytes are a prefix
+of training text (the tutorial's own client differs in five places, D-31). The response is what follows the prompt
+as it was sent (D-32), without its end marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from steerlm_nemo.attributes import Attributes
+from steerlm_nemo.conversation import (
+    ASSISTANT,
+    SYSTEM_PROMPT,
+    USER,
+    VALUE_TO_TEXT,
+    Conversation,
+    RecordRef,
+    Turn,
+)
+from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.records import atomic_output, dump_record, read_records
+from steerlm_nemo.serving.client import ServerClient
+from steerlm_nemo.template import SteerLMFormat
+
+ROLES = {"user": USER, "assistant": ASSISTANT}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a response is drawn; the reference's tutorial is greedy."""
+
+    tokens_to_generate: int = 512
+    greedy: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.9
+    random_seed: int | None = None
+
+    def body(self) -> dict[str, object]:
+        return {
+            "tokens_to_generate": self.tokens_to_generate,
+            "greedy": self.greedy,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "repetition_penalty": 1.0,
+            "add_BOS": False,  # training has none
+            "random_seed": self.random_seed,
+        }
+
+
+@dataclass(frozen=True)
+class SteeredResponse:
+    """`attributes` is the full line the model was given; `prompt` the text that was sent."""
+
+    text: str
+    attributes: Attributes
+    prompt: str
+
+
+def steer(
+    messages: str | Sequence[Mapping[str, object]],
+    attributes: Mapping[str, int | str],
+    endpoint: str | ServerClient = "127.0.0.1:1427",
+    *,
+    system: str = SYSTEM_PROMPT,
+    sampling: Sampling | None = None,
+) -> SteeredResponse:
+    """The model's response to a conversation, at the requested attribute values.
+
+    `messages` is one user text, or a list of {"role": "user" | "assistant", "content": str}, optionally beginning
+    with one "system" message and ending with a user's. Past assistant messages keep their value line: their own
+    "attributes" where given, the requested ones otherwise. Attributes may come in any order; those left out get
+    the schema's default.
+
+    Raises:
+        InputError: unknown attribute (the nearest is named), value out of range, malformed messages, or a server
+            whose model does not respond at values.
+        ServerError: the server is down, timed out or answered with an error.
+    """
+    client = connect(endpoint)
+    served = client.require_format(VALUE_TO_TEXT)
+    return respond(client, served, [(messages, attributes, system)], sampling or Sampling())[0]
+
+
+def connect(endpoint: str | ServerClient, timeout_s: float = 600.0, retries: int = 3) -> ServerClient:
+    """A client for "host:port"."""
+    if isinstance(endpoint, ServerClient):
+        return endpoint
+    host, _, port = endpoint.removeprefix("http://").rstrip("/").rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"endpoint {endpoint!r} is not host:port, such as 127.0.0.1:1427")
+    return ServerClient(host, int(port), timeout_s, retries)
+
+
+Request = tuple["str | Sequence[Mapping[str, object]]", Mapping[str, "int | str"], str]
+
+
+def respond(
+    client: ServerClient, served: SteerLMFormat, requests: Sequence[Request], sampling: Sampling
+) -> list[SteeredResponse]:
+    """Responses to several (messages, attributes, system), asked for in one HTTP request."""
+    template, schema = served.template, served.schema
+    lines, prompts = [], []
+    for messages, attributes, system in requests:
+        line = schema.complete(attributes)
+        conversation = conversation_of(messages, line, served, system)
+        lines.append(line)
+        prompts.append(template.steering_prompt(conversation, ASSISTANT, line.line))
+    markers = [template.turn_start, template.label_start]
+    generation = client.generate(prompts, end_strings=markers, **sampling.body())
+    return [
+        SteeredResponse(response_text(completion, served), line, prompt)
+        for completion, line, prompt in zip(generation.completions, lines, prompts, strict=True)
+    ]
+
+
+def steer_file(
+    input_file: str | Path,
+    output_file: str | Path,
+    attributes: Mapping[str, int | str],
+    endpoint: str | ServerClient,
+    batch_size: int,
+    *,
+    system: str = SYSTEM_PROMPT,
+    sampling: Sampling | None = None,
+) -> int:
+    """Respond to every record of a JSONL file; returns how many.
+
+    A record has "prompt" or "messages", and may have "attributes" (they win over `attributes`) and "system". The
+    output repeats it with "response" and "response_attributes", the full line used. Every record is checked before
+    the first is asked for, and the output appears when all are answered.
+
+    Raises:
+        RecordError: a record cannot be used; the message starts with file:line.
+        InputError, ServerError: as `steer`.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, found {batch_size}")
+    records = list(read_records(input_file))
+    client = connect(endpoint)
+    served = client.require_format(VALUE_TO_TEXT)
+    requests = []
+    for ref, record in records:
+        try:
+            requests.append(_request(record, attributes, system))
+            messages, wanted, own_system = requests[-1]
+            conversation_of(messages, served.schema.complete(wanted), served, own_system)
+        except InputError as err:
+            raise RecordError(f"{ref}: {err}") from err
+    with atomic_output(output_file) as file, tqdm(total=len(records), unit="record", desc="steer") as progress:
+        for start in range(0, len(records), batch_size):
+            part = slice(start, start + batch_size)
+            responses = respond(client, served, requests[part], sampling or Sampling())
+            for (_, record), response in zip(records[part], responses, strict=True):
+                done = {**record, "response": response.text, "response_attributes": response.attributes.line}
+                file.write(dump_record(done) + "\n")
+            progress.update(len(responses))
+    return len(records)
+
+
+def _request(record: Mapping[str, object], attributes: Mapping[str, int | str], system: str) -> Request:
+    messages = record.get("messages", record.get("prompt"))
+    own_attributes, own_system = record.get("attributes", {}), record.get("system", system)
+    if not isinstance(messages, str | list) or not all(isinstance(message, str | Mapping) for message in messages):
+        raise InputError("a record needs 'prompt', a string, or 'messages', a list of objects")
+    if not isinstance(own_attributes, Mapping) or not isinstance(own_system, str):
+        raise InputError("'attributes' must be an object such as {\"quality\": 4}, and 'system' a string")
+    return messages, {**attributes, **own_attributes}, own_system
+
+
+def response_text(completion: str, served: SteerLMFormat) -> str:
+    """A completion without its end marker and the end of turn before it: the inverse of how training closes a turn."""
+    template = served.template
+    for marker in (template.turn_start, template.label_start):
+        if completion.endswith(marker):
+            completion = completion.removesuffix(marker)
+            break
+    return completion.removesuffix(template.end_of_turn)
+
+
+def conversation_of(
+    messages: str | Sequence[Mapping[str, object]], line: Attributes, served: SteerLMFormat, system: str
+) -> Conversation:
+    """The history a response is asked for, in training's own type."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not messages:
+        raise InputError("messages is empty; it must end with a user message")
+    turns = []
+    for index, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(content, str):
+            raise InputError(f"message {index}: 'content' must be a string, found {content!r}")
+        if role == "system" and index == 0:
+            system = content
+        elif role == "user":
+            turns.append(Turn(USER, content))
+        elif role == "assistant":
+            own = message.get("attributes")
+            if own is not None and not isinstance(own, Mapping):
+                raise InputError(f"message {index}: 'attributes' must be an object such as {{'quality': 4}}")
+            turns.append(Turn(ASSISTANT, content, line if own is None else served.schema.complete(own)))
+        else:
+            raise InputError(
+                f"message {index}: role {role!r} is not known here; use user and assistant (system for the first only)"
+            )
+    if not turns or turns[-1].role != USER:
+        raise InputError("the last message must be the user's; the model writes the assistant's")
+    return Conversation(system, tuple(turns), RecordRef("messages", 1), VALUE_TO_TEXT)
+
+
+def parse_attributes(text: str) -> dict[str, int | str]:
+    """`quality:4,humor:0` as a mapping. Raises InputError saying which item is malformed."""
+    try:
+        return Attributes.parse(text.replace(" ", "")).as_dict()
+    except ValueError as err:
+        raise InputError(f"--attributes {text!r}: {err}. Write it like quality:4,humor:0.") from err
