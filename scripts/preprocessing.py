@@ -1,4 +1,4 @@
-"""OpenAssistant trees -> training records (SteerLM steps 1 and 2).
+r"""OpenAssistant trees -> training records (SteerLM steps 1 and 2).
 
     python scripts/preprocessing.py --input_file=data/trees.jsonl.gz --output_file_prefix=data/oasst \
         --type=TEXT_TO_VALUE        # for the value model; --type=VALUE_TO_TEXT for the SteerLM model

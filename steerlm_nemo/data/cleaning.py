@@ -1,0 +1,240 @@
+"""Training records that the trainer can learn from (reference: NeMo `data_clean.py`, v1.22 to v2.4).
+
+Training sees the first `seq_len` tokens of a conversation, so a record whose targets all lie beyond them gives a
+loss of 0/0. Such records are left out here, each with its reason; nothing else is changed unless trimming is asked
+for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from steerlm_nemo.conversation import Conversation
+from steerlm_nemo.errors import ConfigError, IncompleteError, InputError, RecordError
+from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, read_lines
+from steerlm_nemo.template import ChatTemplate, Rendered, SteerLMFormat, Tokenizer
+
+# Why a readable record is left out. The first two are exceptions in the reference, the third is its `removed`.
+NO_MASK_ROLE = "no turn is by the mask role"
+NO_TARGET = "no target: every token is masked"
+TARGET_BEYOND = "no target within seq_len"
+
+
+def template_from(path: str | Path) -> ChatTemplate:
+    """The template a model was or will be trained with.
+
+    Args:
+        path: a `.nemo` file or folder, or a `model_config.yaml` or training YAML; read are its `steerlm` key and
+            `[model.]data.chat_prompt_tokens`.
+
+    Raises:
+        InputError: no such file, or neither an archive with a model_config.yaml nor YAML.
+        ConfigError, FormatMismatchError: the configuration names no markers, or unusable ones.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        config = yaml.safe_load(_config_bytes(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: its configuration is not plain YAML: {err}") from err
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: a configuration with keys is needed, found {type(config).__name__}")
+    if SteerLMFormat.CONFIG_KEY in config:
+        return SteerLMFormat.from_dict(config[SteerLMFormat.CONFIG_KEY]).template
+    model = config.get("model", config)
+    data = model.get("data") if isinstance(model, dict) else None
+    tokens = data.get("chat_prompt_tokens") if isinstance(data, dict) else None
+    if not isinstance(tokens, dict):
+        raise ConfigError(f"{path}: names no markers (data.chat_prompt_tokens); give them as flags: --turn_start ...")
+    return ChatTemplate.from_config(tokens, warn=_warn)
+
+
+def _config_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        path = path / "model_config.yaml"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a .nemo file, a folder with model_config.yaml or a YAML is needed")
+    if not tarfile.is_tarfile(path):
+        return path.read_bytes()
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and Path(member.name).name == "model_config.yaml":
+                file = archive.extractfile(member)
+                assert file is not None  # a regular file has content
+                return file.read()
+    raise InputError(f"{path}: an archive without model_config.yaml, so not a .nemo")
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Cleaner:
+    """Decides about one record: what to write, or why not."""
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    seq_len: int
+    trim_turns: bool = False
+
+    def clean(self, line: RawLine, findings: Findings) -> str:
+        """The line to write.
+
+        Raises:
+            Dropped: training could not learn from it; the message is the reason.
+            RecordError: it is not a conversation.
+        """
+        if line.record is None:
+            raise RecordError(f"{line.ref}: {line.problem}")
+        record = line.record
+        conversation = Conversation.from_record(record, line.ref)
+        try:
+            text = dump_record(record)
+            rendered = self.template.render(conversation, self.tokenizer)
+        except UnicodeEncodeError as err:
+            raise RecordError(f"{line.ref}: lone surrogate: a text holds {err.object[err.start]!r}") from err
+        speakers = {turn.role for turn in conversation.turns}
+        if not speakers.issuperset(conversation.mask_roles):
+            raise Dropped(NO_MASK_ROLE)
+        if not any(rendered.loss_mask):
+            raise Dropped(NO_TARGET)
+        if not self._has_target(rendered.loss_mask):
+            raise Dropped(TARGET_BEYOND)
+        num_turns = len(conversation.turns)
+        if len(rendered.token_ids) > self.seq_len + 1:
+            num_whole = self._num_whole_turns(conversation)
+            findings.counts["records longer than seq_len"] += 1
+            findings.counts["turns not whole within seq_len"] += num_turns - num_whole
+            if self.trim_turns:
+                trimmed, rendered = self._trim(conversation, num_whole)
+                text = dump_record({**record, "conversations": record["conversations"][: len(trimmed.turns)]})
+                findings.counts["turns trimmed"] += num_turns - len(trimmed.turns)
+        if rendered.num_markers_removed:
+            findings.counts["records with marker texts in their content"] += 1
+            findings.counts["marker texts that training will leave out"] += rendered.num_markers_removed
+        findings.num_tokens += len(rendered.token_ids)
+        return text
+
+    def _has_target(self, loss_mask: Sequence[int]) -> bool:
+        # Labels are shifted by one: training scores mask[1 : seq_len + 1], and mask[0] belongs to the header.
+        return any(loss_mask[: self.seq_len + 1])
+
+    def _num_whole_turns(self, conversation: Conversation) -> int:
+        """The most leading turns whose rendering is not cut: seq_len tokens in, and one more as the last target."""
+
+        def num_tokens(num_turns: int) -> int:
+            return len(self._first(conversation, num_turns)[1].token_ids)
+
+        return bisect_right(range(1, len(conversation.turns) + 1), self.seq_len + 1, key=num_tokens)
+
+    def _trim(self, conversation: Conversation, num_whole: int) -> tuple[Conversation, Rendered]:
+        """The whole turns; and, where they hold no target, the turns up to the first target within seq_len."""
+        for num_turns in range(max(num_whole, 1), len(conversation.turns)):
+            trimmed, rendered = self._first(conversation, num_turns)
+            if self._has_target(rendered.loss_mask):
+                return trimmed, rendered
+        return conversation, self.template.render(conversation, self.tokenizer)
+
+    def _first(self, conversation: Conversation, num_turns: int) -> tuple[Conversation, Rendered]:
+        first = replace(conversation, turns=conversation.turns[:num_turns])
+        return first, self.template.render(first, self.tokenizer)
+
+
+class Dropped(Exception):
+    """A sound record that training could not learn from; the message is one of the reasons above."""
+
+
+@dataclass
+class Findings:
+    """What was seen in the records that were kept."""
+
+    num_tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        lines = [f"tokens in kept records: {self.num_tokens}"]
+        return "\n".join(lines + [f"{what}: {count}" for what, count in self.counts.items()])
+
+
+def clean_file(
+    dataset_file: str | Path,
+    output_file: str | Path,
+    cleaner: Cleaner,
+    records: Accounting,
+    report: str | Path | None = None,
+    on_record: Callable[[int, str | None], None] = lambda index, reason: None,
+) -> Findings:
+    """Write the records of `dataset_file` that training can learn from, in their order.
+
+    Args:
+        records: counts each record as written, filtered (with the reason) or rejected.
+        report: a JSON file for counts and reasons; written even if nothing is left.
+        on_record: called with each record's index and, where it is not written, why.
+
+    Raises:
+        InputError: an unusable file.
+        IncompleteError: no record is left; then there is no output file.
+        RecordError: an unusable record in strict mode.
+    """
+    from tqdm import tqdm
+
+    if report is not None and Path(report).is_dir():
+        raise InputError(f"--report {report} is a directory; name a file to write")
+    findings = Findings()
+    lines = read_lines(dataset_file)
+    with records, atomic_output(output_file) as output:
+        for index, line in enumerate(tqdm(lines, desc="Cleaning", unit=" records", file=sys.stderr)):
+            reason = None
+            try:
+                output.write(cleaner.clean(line, findings) + "\n")
+                records.written()
+            except Dropped as dropped:
+                reason = str(dropped)
+                records.filtered(reason)
+            except RecordError as err:
+                reason = str(err).removeprefix(f"{line.ref}: ").removeprefix(f"{line.ref} ")
+                problem = "not a conversation: " if line.problem is None else ""
+                records.rejected(line.ref, problem + reason, line.raw)
+            on_record(index, reason)
+        if report is not None:
+            _write_report(report, dataset_file, output_file, cleaner, records, findings)
+        if not records.counts["written"]:
+            raise IncompleteError(
+                f"{dataset_file}: nothing is left to train on at seq_len {cleaner.seq_len}: {records.summary()}. "
+                "Check the mask role, the labels and --seq_len."
+            )
+    return findings
+
+
+def _write_report(
+    report: str | Path,
+    dataset_file: str | Path,
+    output_file: str | Path,
+    cleaner: Cleaner,
+    records: Accounting,
+    findings: Findings,
+) -> None:
+    body: dict[str, Any] = {
+        "dataset_file": str(dataset_file),
+        "output_file": str(output_file),
+        "seq_len": cleaner.seq_len,
+        "trim_turns": cleaner.trim_turns,
+        "template": asdict(cleaner.template),
+        "read": sum(records.counts.values()),
+        **{kind: records.counts[kind] for kind in ("written", "filtered", "rejected")},
+        "reasons": dict(records.reasons),
+        "tokens": findings.num_tokens,
+        "findings": dict(findings.counts),
+    }
+    with atomic_output(report) as file:
+        file.write(json.dumps(body, ensure_ascii=False, indent=2) + "\n")
