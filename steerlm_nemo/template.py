@@ -166,12 +166,21 @@ class ChatTemplate:
         return before + self.turn_start + role + self.end_of_name + self.label_start + line + self.end_of_name
 
     def split(self, prompt: str) -> list[str]:
-        """A prompt cut before and after every marker, so that encoding piece by piece never merges across one."""
-        pattern = "(" + "|".join(re.escape(marker) for marker in self.markers) + ")"
-        return [piece for piece in re.split(pattern, prompt) if piece]
+        """A prompt that arrives as text, cut where `segments` cuts: header, marker, name or label line, text.
+
+        Cutting at the markers alone would not do: a tokenizer may merge the line end of a name with a line end that
+        begins the text, or drop the blanks around it.
+        """
+        pattern = "(" + "|".join(re.escape(marker) for marker in (self.turn_start, self.label_start)) + ")"
+        header, *rest = re.split(pattern, prompt)
+        pieces = [header]
+        for marker, content in zip(rest[::2], rest[1::2], strict=True):
+            line, end_of_line, text = content.partition(self.end_of_name)
+            pieces += [marker, line + end_of_line, text]
+        return [piece for piece in pieces if piece]
 
     def encode_prompt(self, prompt: str, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of a prompt that arrives as text, with markers kept apart as in training."""
+        """Token ids of a prompt that arrives as text: those that `render` gives the same text in training."""
         token_ids: list[int] = []
         for index, piece in enumerate(self.split(prompt)):
             token_ids += tokenizer.encode_continuation(piece) if index else tokenizer.encode(piece)
