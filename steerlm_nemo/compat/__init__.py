@@ -1,0 +1,64 @@
+"""The one room for adapting the pinned NVIDIA stack; nothing else asks what is installed.
+
+`prepare()` must run before the first import of NeMo. With CUDA present it changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from steerlm_nemo.compat.capabilities import Capabilities, detect
+from steerlm_nemo.compat.registry import CompatError
+
+__all__ = ["Capabilities", "CompatError", "prepare", "quiet_logs"]
+
+_prepared: Capabilities | None = None
+
+
+def prepare() -> Capabilities:
+    """Make NeMo, NeMo-Aligner and Megatron Core importable and runnable here. Idempotent.
+
+    Raises:
+        CompatError: a package is missing, or an upstream symbol that must be adapted is gone.
+    """
+    global _prepared
+    if _prepared is not None:
+        return _prepared
+    capabilities = detect()
+    if capabilities.device == "cpu":
+        # NeMo asks for it as a string and stops outside NGC; 24.07 is the container Aligner 0.7.0 was built on.
+        os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "24.07")
+        # Replaced torch factories confuse dynamo's table of known objects, and nothing here compiles.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        os.environ.setdefault("NEMO_TESTING", "0")
+    try:
+        import nemo.collections.nlp
+        import nemo_aligner  # noqa: F401
+    except ImportError as err:
+        raise CompatError(
+            f"the training stack cannot be imported ({err}). Run `make setup`, or: pip install 'steerlm-nemo[cpu]'"
+        ) from err
+    if capabilities.device == "cpu":
+        from steerlm_nemo.compat import cpu
+
+        cpu.apply()
+    _prepared = capabilities
+    return capabilities
+
+
+def quiet_logs(verbose: bool) -> None:
+    """Keep NeMo's and Megatron's remarks off the terminal unless asked for; warnings of substance stay.
+
+    NeMo prints one warning per config field it does not find, about 60 at every start, and Megatron a line per
+    batch-size change. Errors are always shown.
+    """
+    if verbose:
+        return
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(logging.ERROR)
+    for name in ("megatron.core", "lightning.pytorch", "lightning.fabric", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")

@@ -1,0 +1,133 @@
+"""Conversations as the trainer takes them: token ids, loss mask, batches (reference: NeMo GPTSFTChatDataset 3.5).
+
+B conversations of a micro-batch, S tokens of the longest, padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from steerlm_nemo.conversation import Conversation
+from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.records import Accounting, read_records
+from steerlm_nemo.template import ChatTemplate, Tokenizer
+
+
+class Item(TypedDict):
+    """One conversation; both arrays hold max_seq_length + 1 ids at most."""
+
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What became of the records of one file."""
+
+    path: str
+    num_records: int
+    num_truncated: int
+    num_without_target: int
+    num_markers_removed: int
+
+    def line(self) -> str:
+        text = f"{self.path}: {self.num_records} conversations"
+        if self.num_truncated:
+            text += f", {self.num_truncated} cut at max_seq_length"
+        if self.num_without_target:
+            text += f", {self.num_without_target} left out because the cut leaves no target (run data_clean first)"
+        if self.num_markers_removed:
+            text += f", {self.num_markers_removed} marker texts removed from content"
+        return text
+
+
+class ChatDataset(torch.utils.data.Dataset[Item]):
+    """A JSONL file of conversations, tokenised once, targets known.
+
+    Conversations whose targets all lie beyond `max_seq_length` are left out and counted: in the reference they give
+    a loss of 0/0 (D-11).
+
+    Raises:
+        InputError, RecordError: the file or one of its records cannot be used; the message has file:line.
+        ConfigError: no conversation is left, or the records are of several types or not of `record_type`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_seq_length: int,
+        pad_to_multiple: int,
+        record_type: str | None,
+    ) -> None:
+        self.eos_id = tokenizer.eos_id
+        self.max_seq_length = max_seq_length
+        self.pad_to_multiple = pad_to_multiple
+        self.items: list[Item] = []
+        types: dict[str | None, Conversation] = {}
+        num_truncated = num_markers = 0
+        accounting = Accounting.beside(path)
+        for ref, record in tqdm(read_records(path), desc=f"tokenising {Path(path).name}", unit=" conversations"):
+            conversation = Conversation.from_record(record, ref)
+            types.setdefault(conversation.type, conversation)
+            rendered = template.render(conversation, tokenizer)
+            num_markers += rendered.num_markers_removed
+            num_truncated += len(rendered.token_ids) > max_seq_length + 1
+            # Targets are shifted by one, so one id more than max_seq_length is of use.
+            mask = np.array(rendered.loss_mask[: max_seq_length + 1], dtype=np.int8)
+            if not mask[1:].any():
+                accounting.filtered("no target within max_seq_length")
+                continue
+            accounting.written()
+            self.items.append(Item(token_ids=np.array(rendered.token_ids[: len(mask)], dtype=np.int32), loss_mask=mask))
+        self.report = DatasetReport(
+            str(path), len(self.items), num_truncated, accounting.counts["filtered"], num_markers
+        )
+        if not self.items:
+            raise ConfigError(f"{path}: no conversation with a target within max_seq_length {max_seq_length}")
+        self.record_type = _one_type(types, record_type)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    def collate_fn(self, batch: Sequence[Item]) -> dict[str, torch.Tensor]:
+        """tokens, labels [B,S] int64, loss_mask [B,S] float32, position_ids [B,S]; right-padded with EOS.
+
+        No attention mask: the model's is causal, and padding stands only to the right.
+        """
+        longest = min(max(len(item["token_ids"]) - 1 for item in batch), self.max_seq_length)
+        length = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        tokens = torch.full((len(batch), length), self.eos_id, dtype=torch.int64)
+        labels = torch.full((len(batch), length), self.eos_id, dtype=torch.int64)
+        loss_mask = torch.zeros((len(batch), length), dtype=torch.float32)
+        for row, item in enumerate(batch):
+            ids = torch.from_numpy(item["token_ids"].astype(np.int64))
+            tokens[row, : len(ids) - 1] = ids[:-1]
+            labels[row, : len(ids) - 1] = ids[1:]
+            loss_mask[row, : len(ids) - 1] = torch.from_numpy(item["loss_mask"][1:].astype(np.float32))
+        position_ids = torch.arange(length, dtype=torch.int64).expand(len(batch), length).contiguous()
+        return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+
+
+def _one_type(types: dict[str | None, Conversation], wanted: str | None) -> str | None:
+    if len(types) > 1:
+        seen = ", ".join(f"{kind} at {conversation.ref}" for kind, conversation in types.items())
+        raise ConfigError(f"the records are of several types ({seen}); train on one type at a time")
+    (kind, first), *_ = types.items()
+    if wanted is not None and kind != wanted:
+        raise ConfigError(
+            f"{first.ref}: type is {kind}, but model.data.record_type asks for {wanted}. A value model is trained on "
+            "TEXT_TO_VALUE records, a SteerLM model on VALUE_TO_TEXT ones; preprocess or annotate with the other type"
+        )
+    return kind

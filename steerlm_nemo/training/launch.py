@@ -1,0 +1,98 @@
+"""Starting the ranks of a job on one machine.
+
+`trainer.devices=2` is enough: the script starts itself once per rank. Under torchrun or Slurm the ranks exist
+already and nothing is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+RANK_VARIABLES = ("LOCAL_RANK", "SLURM_PROCID")
+GRACE_S = 60.0  # time the ranks get to save and leave after a signal
+
+
+def ranks_exist() -> bool:
+    """Has somebody (torchrun, Slurm, or this module) started one process per rank already?"""
+    if os.environ.get("LOCAL_RANK") is not None:
+        return True
+    return os.environ.get("SLURM_PROCID") is not None and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
+    """Run `python argv` once per rank and wait. Returns the first non-zero exit code, or 0.
+
+    When one rank fails the others are stopped: a collective without its partner would wait for ever. SIGINT and
+    SIGTERM are passed on, so that the ranks can save.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "NODE_RANK": "0",
+        # Threads of several ranks on the same cores only wait for each other.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks))),
+    }
+    ranks = []
+    for rank in range(num_ranks):
+        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if rank:
+            env["TQDM_DISABLE"] = "1"
+        ranks.append(
+            subprocess.Popen([sys.executable, *argv], env=env, start_new_session=True, preexec_fn=_die_with_parent)
+        )
+    return _wait(ranks)
+
+
+def _die_with_parent() -> None:
+    # Without it a killed launcher leaves ranks that hold the port and wait for each other.
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    signalled = False
+
+    def forward(signum: int, frame: object) -> None:
+        nonlocal signalled
+        signalled = True
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                rank.send_signal(signum)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        deadline = None
+        while any(rank.poll() is None for rank in ranks):
+            codes = [rank.poll() for rank in ranks]
+            if deadline is None and (signalled or any(code not in (None, 0) for code in codes)):
+                # A failed rank leaves the others in a collective; after a signal they may still save.
+                deadline = time.monotonic() + (GRACE_S if signalled else 5.0)
+            if deadline is not None and time.monotonic() > deadline:
+                for rank in ranks:
+                    if rank.poll() is None:
+                        rank.kill()
+            time.sleep(0.1)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+    codes = [rank.wait() for rank in ranks]
+    # The rank that failed by itself explains more than those that were killed for it.
+    failed = [code for code in codes if code > 0] or [128 - code for code in codes if code < 0]
+    return failed[0] if failed else 0
