@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "trim_turns",
         action="store_true",
-        help="cut off trailing turns that do not fit whole within seq_len, but for the first target",
+        help="cut off trailing turns that do not fit whole, down to the first target",
     )
     add("report", help="JSON file for the counts")
     add("strict", action="store_true", help="stop at the first unusable record")

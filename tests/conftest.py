@@ -1,0 +1,60 @@
+"""What several test folders need: genuine data where it is present, and a tokenizer made on the spot."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from steerlm_nemo.tokenizer import SentencePieceTokenizer
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+SENTENCES = (
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "System User Assistant quality:4,toxicity:0,humor:2,creativity:1,helpfulness:3,lang:en",
+    "What is the capital of France? The capital of France is Paris, a city on the Seine.",
+    "Two plus two is four, and four plus four is eight. Thank you! You are welcome.",
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of genuine data; tests that need it are skipped without it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no genuine data at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def llama2_model(shared_data: Path) -> Path:
+    return shared_data / "tokenizers" / "llama2-tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of Llama 2's kind (BPE, byte fallback, dummy space, no normalisation), 400 pieces."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(small_model: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(small_model)

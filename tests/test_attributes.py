@@ -1,0 +1,132 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steerlm_nemo.attributes import (
+    HELPSTEER5,
+    LANGUAGES,
+    NEMO12_LANG,
+    PAPER7,
+    PRESETS,
+    Attribute,
+    Attributes,
+    AttributeSchema,
+    schema_named,
+)
+from steerlm_nemo.errors import FormatMismatchError, InputError
+
+KEYS = st.text(st.characters(blacklist_characters=",:", blacklist_categories=("Cs",)), min_size=1).filter(
+    lambda key: key != "lang"
+)
+
+
+def test_a_line_is_read_in_the_order_it_is_written():
+    attributes = Attributes.parse("quality:4,toxicity:0,lang:en")
+    assert attributes.items == (("quality", 4), ("toxicity", 0), ("lang", "en"))
+    assert attributes.line == "quality:4,toxicity:0,lang:en"
+
+
+def test_an_empty_line_has_no_items():
+    assert Attributes.parse("") == Attributes(())
+    assert Attributes(()).line == ""
+
+
+@given(st.dictionaries(KEYS, st.integers(0, 999_999_999)), st.sampled_from([None, "en", "zh", ""]))
+def test_writing_and_reading_a_line_gives_the_same_attributes(grades, lang):
+    items = (*grades.items(), *([("lang", lang)] if lang is not None else []))
+    assert Attributes.parse(Attributes(items).line) == Attributes(items)
+
+
+@given(st.text())
+def test_whatever_can_be_read_is_written_back_byte_for_byte(line):
+    try:
+        attributes = Attributes.parse(line)
+    except ValueError:
+        return
+    assert attributes.line == line
+
+
+@pytest.mark.parametrize(
+    ("line", "culprit"),
+    [
+        ("quality", "'quality'"),
+        ("quality:4,", "''"),
+        (":4", "':4'"),
+        ("quality:4,quality:3", "'quality:3'"),
+        ("quality:high", "'high'"),
+        ("quality:-1", "'-1'"),
+        ("quality:04", "'04'"),
+        ("quality:4.0", "'4.0'"),
+        ("quality:４", "'４'"),
+        ("quality:4\n", "'4\\n'"),
+    ],
+)
+def test_a_malformed_line_is_refused_naming_the_item(line, culprit):
+    with pytest.raises(ValueError) as caught:
+        Attributes.parse(line)
+    assert culprit in str(caught.value)
+
+
+def test_the_default_schema_has_the_twelve_attributes_of_the_reference_and_lang_last():
+    assert NEMO12_LANG.keys() == (
+        *("quality", "toxicity", "humor", "creativity", "violence", "helpfulness", "not_appropriate", "hate_speech"),
+        *("sexual_content", "fails_task", "political_content", "moral_judgement", "lang"),
+    )
+    assert NEMO12_LANG.legal_values("quality") == ("0", "1", "2", "3", "4")
+    assert NEMO12_LANG.legal_values("lang") == LANGUAGES
+    assert len(LANGUAGES) == 35
+
+
+def test_helpsteer_and_paper_schemas_have_their_own_attributes_and_ranges():
+    assert HELPSTEER5.keys() == ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    assert PAPER7.legal_values("humor") == tuple("0123456789")
+
+
+def test_an_unknown_attribute_is_refused_with_the_nearest_name():
+    with pytest.raises(InputError, match="did you mean 'toxicity'"):
+        NEMO12_LANG.legal_values("toxcity")
+    with pytest.raises(InputError, match="unknown attribute 'lang'"):
+        HELPSTEER5.legal_values("lang")
+
+
+@pytest.mark.parametrize("line", ["quality:5", "lang:xx"])
+def test_a_value_out_of_range_is_refused(line):
+    with pytest.raises(InputError, match=line.split(":")[0]):
+        NEMO12_LANG.check(Attributes.parse(line))
+
+
+def test_values_given_in_any_order_are_put_in_the_order_of_training():
+    assert NEMO12_LANG.order({"lang": "de", "humor": 1, "quality": 4}).line == "quality:4,humor:1,lang:de"
+
+
+def test_a_full_line_has_the_given_values_and_a_default_for_every_other_attribute():
+    assert HELPSTEER5.complete({"verbosity": 1}).line == (
+        "helpfulness:4,correctness:4,coherence:4,complexity:4,verbosity:1"
+    )
+    assert NEMO12_LANG.complete({"toxicity": 2}).line == (
+        "quality:4,toxicity:2,humor:0,creativity:0,violence:0,helpfulness:4,not_appropriate:0,hate_speech:0,"
+        "sexual_content:0,fails_task:0,political_content:0,moral_judgement:0,lang:en"
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_schema_survives_its_dictionary_form(name):
+    assert AttributeSchema.from_dict(schema_named(name).to_dict()) == schema_named(name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"name": "x"}, {"name": "x", "attributes": [{"nam": "q"}], "languages": []}, {"name": "x", "attributes": 3}],
+)
+def test_a_mapping_that_is_no_schema_is_refused(data):
+    with pytest.raises(FormatMismatchError, match="not an attribute schema"):
+        AttributeSchema.from_dict(data)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match=r"nemo12\+lang, helpsteer5"):
+        schema_named("nemo13")
+
+
+def test_a_range_includes_both_ends():
+    assert list(Attribute("quality", 1, 3).values()) == [1, 2, 3]

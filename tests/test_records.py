@@ -1,0 +1,147 @@
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steerlm_nemo.conversation import RecordRef
+from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, read_records
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(blacklist_categories=("Cs",))),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(blacklist_categories=("Cs",))), inner),
+    max_leaves=8,
+)
+
+
+def write(path, content: bytes):
+    path.write_bytes(content)
+    return path
+
+
+@given(st.dictionaries(st.text(st.characters(blacklist_categories=("Cs",))), JSON))
+def test_a_written_record_is_one_line_and_reads_back_the_same(tmp_path_factory, record):
+    path = tmp_path_factory.mktemp("records") / "x.jsonl"
+    with atomic_output(path) as file:
+        file.write(dump_record(record) + "\n")
+    assert path.read_bytes().count(b"\n") == 1
+    assert [read for _, read in read_records(path)] == [record]
+
+
+def test_lines_are_written_as_the_reference_writes_them():
+    assert dump_record({"b": "é\n", "a": [1, None]}) == '{"b": "é\\n", "a": [1, null]}'
+
+
+def test_a_lone_surrogate_cannot_be_written():
+    with pytest.raises(ValueError):
+        dump_record({"a": "\ud800"})
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_blank_lines_are_skipped_and_lines_keep_their_number(tmp_path, compress):
+    path = write(tmp_path / "x.jsonl", compress(b'\xef\xbb\xbf{"a": 1}\r\n\n   \n{"a": 2}'))
+    assert list(read_records(path)) == [
+        (RecordRef(str(path), 1), {"a": 1}),
+        (RecordRef(str(path), 4), {"a": 2}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"a": 1', "not JSON"),
+        (b'{"a": "\xff"}', "not UTF-8 (byte 7)"),
+        (b"[1]", "a JSON object is needed, found list"),
+        (b'{"a": NaN}', "NaN is not a JSON value"),
+        (b"[" * 200_000, "not JSON"),
+    ],
+)
+def test_a_malformed_line_is_marked_and_the_others_are_read(tmp_path, line, problem):
+    path = write(tmp_path / "x.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+    first, bad, last = read_lines(path)
+    assert (first.record, bad.record, last.record) == ({"a": 1}, None, {"a": 3})
+    assert problem in bad.problem
+    assert bad.raw == line
+    with pytest.raises(RecordError, match=r"x\.jsonl:2: "):
+        list(read_records(path))
+
+
+def test_a_missing_file_and_a_directory_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        list(read_lines(tmp_path / "none.jsonl"))
+    with pytest.raises(InputError, match="is a directory"):
+        list(read_lines(tmp_path))
+
+
+def test_a_cut_gzip_file_is_refused_with_the_last_good_line(tmp_path):
+    lines = b"".join(b'{"a": %d}\n' % (i * 7919) for i in range(5000))
+    path = write(tmp_path / "x.jsonl.gz", gzip.compress(lines)[:-2000])
+    with pytest.raises(InputError, match=r"damaged gzip data after line [1-9]"):
+        list(read_lines(path))
+
+
+def test_an_output_takes_its_name_only_when_complete(tmp_path):
+    path = tmp_path / "sub" / "out.jsonl"
+    with atomic_output(path) as file:
+        file.write("first\n")
+        assert not path.exists()
+    assert path.read_text() == "first\n"
+
+
+def test_a_failure_leaves_the_old_output_and_nothing_else(tmp_path):
+    path = write(tmp_path / "out.jsonl", b"old\n")
+    with pytest.raises(KeyboardInterrupt), atomic_output(path) as file:
+        file.write("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match="is a directory"), atomic_output(tmp_path):
+        raise AssertionError("the work has begun")
+    blocker = write(tmp_path / "file", b"")
+    with pytest.raises(InputError, match="cannot be written"), atomic_output(blocker / "out.jsonl"):
+        raise AssertionError("the work has begun")
+
+
+@given(st.lists(st.sampled_from(["written", "filtered", "rejected"])))
+def test_the_sums_add_up_to_what_was_read(tmp_path_factory, fates):
+    records = Accounting.beside(tmp_path_factory.mktemp("records") / "out.jsonl")
+    with records:
+        for number, fate in enumerate(fates, 1):
+            if fate == "written":
+                records.written()
+            elif fate == "filtered":
+                records.filtered("too long")
+            else:
+                records.rejected(RecordRef("in.jsonl", number), "not JSON: odd", b"{")
+    assert records.summary().startswith(
+        f"{len(fates)} read = {fates.count('written')} written + {fates.count('filtered')} filtered + "
+        f"{fates.count('rejected')} rejected"
+    )
+    assert records.rejects_path.exists() == ("rejected" in fates)
+    if "rejected" in fates:
+        assert len(records.rejects_path.read_text().splitlines()) == fates.count("rejected")
+
+
+def test_a_rejected_record_is_kept_with_place_reason_and_raw_line(tmp_path):
+    with Accounting.beside(tmp_path / "out.jsonl") as records:
+        records.rejected(RecordRef("in.jsonl", 3), "not UTF-8 (byte 0)", b"\xff\xc3\xa9")
+    (line,) = (tmp_path / "out.jsonl.rejects.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"where": "in.jsonl:3", "reason": "not UTF-8 (byte 0)", "raw": "\\xffé"}
+
+
+def test_strict_stops_at_the_first_reject(tmp_path):
+    records = Accounting.beside(tmp_path / "out.jsonl", strict=True)
+    with pytest.raises(RecordError, match=r"in\.jsonl:3: not JSON"), records:
+        records.rejected(RecordRef("in.jsonl", 3), "not JSON", b"{")
+
+
+def test_rejects_of_an_earlier_run_are_not_kept(tmp_path):
+    write(tmp_path / "out.jsonl.rejects.jsonl", b"old")
+    with Accounting.beside(tmp_path / "out.jsonl"):
+        pass
+    assert list(tmp_path.iterdir()) == []
