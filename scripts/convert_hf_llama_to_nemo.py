@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Convert a Hugging Face Llama folder (safetensors) to a .nemo file that loads at any tensor-parallel size.
+
+scripts/convert_hf_llama_to_nemo.py --in-file models/llama-2-7b-hf --out-file models/llama-2-7b.nemo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from steerlm_nemo.errors import exit_with_message
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        *("--in-file", "--in_file", "--input_name_or_path", "--input-name-or-path"),
+        dest="hf_dir",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="Hugging Face checkpoint: config.json, *.safetensors, tokenizer.model or tokenizer.json",
+    )  # fmt: skip
+    parser.add_argument(
+        *("--out-file", "--out_file", "--output_path", "--output-path"),
+        dest="out",
+        type=Path,
+        required=True,
+        metavar="FILE.nemo",
+    )  # fmt: skip
+    parser.add_argument("--precision", choices=["32", "16", "bf16"], help="default: the dtype of the source")
+    parser.add_argument("--llama31", nargs="?", const="True", help="ignored: rope scaling is read from config.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
+
+    if args.llama31 is not None:
+        print("WARNING: --llama31 is ignored; rope scaling is what config.json says", file=sys.stderr)
+    conversion = plan_conversion(args.hf_dir, args.precision)
+    convert(conversion, args.out, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Export a .nemo Llama (converted or trained) to a Hugging Face folder: safetensors, config and tokenizer.
+
+scripts/convert_nemo_to_hf_llama.py --in-file results/steerlm.nemo --out-file models/steerlm-hf
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from steerlm_nemo.errors import exit_with_message
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        *("--in-file", "--in_file", "--input_name_or_path", "--input-name-or-path"),
+        dest="nemo",
+        type=Path,
+        required=True,
+        metavar="FILE.nemo",
+    )  # fmt: skip
+    parser.add_argument(
+        *("--out-file", "--out_file", "--output_path", "--output-path"),
+        dest="out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a folder that does not exist yet, or is empty",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from steerlm_nemo.checkpoint.archive import open_nemo
+    from steerlm_nemo.checkpoint.to_hf import export, plan_export
+
+    with open_nemo(args.nemo) as nemo:
+        export(plan_export(nemo), args.out, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Say what a .nemo file holds and whether it is whole and safe to load.
+
+    scripts/inspect_nemo.py models/llama-2-7b.nemo [--json] [--verify]
+
+The exit code is 2 when something is damaged or unsafe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from steerlm_nemo.errors import EXIT_BAD_INPUT, exit_with_message
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nemo", type=Path, metavar="FILE.nemo", help="a .nemo file or an extracted folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="read every tensor and hash every member")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from steerlm_nemo.checkpoint.inspect import inspect_nemo, render
+
+    facts = inspect_nemo(args.nemo, args.verify)
+    print(json.dumps(facts, indent=2, default=str) if args.json else render(facts))
+    if facts["damage"]:
+        sys.exit(EXIT_BAD_INPUT)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,443 @@
+"""`.nemo` archives: opened without trusting them, written so that they appear whole or not at all.
+
+A `.nemo` is a plain tar (gzip before NeMo 1.7), or a folder with the same content:
+    ./                         the folder entry itself, so that `tar xf file.nemo .` works
+    ./model_config.yaml        the resolved config; `tokenizer.model: nemo:NAME` points to the member NAME
+    ./NAME                     the tokenizer: `<32 hex>_tokenizer.model` from NeMo, `tokenizer.model` from us
+    ./model_weights/...        a distributed checkpoint (see torch_dist.py), or a legacy `model_weights.ckpt`
+Every member is checked before the first byte is extracted, and extraction goes to a private folder only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import io
+import os
+import posixpath
+import secrets
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import IO, Any
+
+from steerlm_nemo.checkpoint.safety import (
+    Slice,
+    check_config,
+    check_directory,
+    is_pickle_file,
+    load_torch_file,
+    parse_config,
+)
+from steerlm_nemo.checkpoint.torch_dist import INDEX, check_chunks, parse_index
+from steerlm_nemo.errors import CheckpointError
+
+CONFIG_NAME = "model_config.yaml"
+WEIGHTS_DIR = "model_weights"
+MAX_MEMBERS = 100_000
+# PAX records that tar writes by itself. `path`, `linkpath` and `GNU.sparse.*` would make a member another one than
+# its header says.
+_HARMLESS_PAX = {"mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "size"}
+_GZIP_MAX_RATIO, _GZIP_ALLOWANCE = 20, 64 * 2**20  # weights hardly compress; small files and padding do
+_COPY_BYTES = 4 * 2**20
+_KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a character device",
+    tarfile.BLKTYPE: "a block device",
+    tarfile.FIFOTYPE: "a FIFO",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+
+
+@dataclass
+class NemoFile:
+    """An opened `.nemo` whose members have been checked. Lives as long as the `open_nemo` block."""
+
+    path: Path
+    members: dict[str, int]  # name without `./` -> size in bytes; files only
+    _open: Callable[[str], IO[bytes]] = field(repr=False)
+    _extract: Callable[[], Path] = field(repr=False)
+
+    def open(self, name: str) -> IO[bytes]:
+        """A member as a seekable file, without extracting anything where the archive is not compressed.
+
+        Raises:
+            CheckpointError: there is no such member.
+        """
+        if name not in self.members:
+            raise CheckpointError(f"{self.path}: has no member {name}. Members: {', '.join(sorted(self.members)[:8])}")
+        return self._open(name)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`model_config.yaml`, checked."""
+        return _read_config(self)
+
+    @cached_property
+    def dir(self) -> Path:
+        """The whole content as a folder, every pickle in it checked: for NeMo, which only reads folders and tars."""
+        return self._extract()
+
+    def resolve(self, reference: str | None) -> str | None:
+        """The member that a config value such as `nemo:tokenizer.model` names; None if it names none.
+
+        A folder whose tokenizer was renamed after extraction (a documented step of the reference) still resolves.
+        """
+        if not reference or not str(reference).startswith("nemo:"):
+            return None
+        name = str(reference).removeprefix("nemo:")
+        for candidate in (name, name.partition("_")[2]):
+            if candidate in self.members:
+                return candidate
+        return None
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The checked `model_config.yaml` of a `.nemo`, without extracting any weight."""
+    with open_nemo(path) as nemo:
+        return nemo.config
+
+
+@contextmanager
+def open_nemo(path: str | Path) -> Iterator[NemoFile]:
+    """Open a `.nemo` file (tar or gzip) or folder; every member's name, type and size has been checked.
+
+    Raises:
+        CheckpointError: nothing there, not a `.nemo`, damaged or unsafe. The message names the member and the reason.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            yield _open_folder(path)
+            return
+        try:
+            file = stack.enter_context(path.open("rb"))
+        except OSError as err:
+            raise CheckpointError(
+                f"{path}: cannot be opened: {err.strerror}. Expected a .nemo file or folder."
+            ) from err
+        if file.read(2) == b"\x1f\x8b":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemo-")))
+            _extract_members(path, _list_gzip(path), folder)
+            opened = _open_folder(folder)
+            yield NemoFile(path, opened.members, opened._open, opened._extract)
+            return
+        infos = _list_tar(path, file, os.fstat(file.fileno()).st_size)
+        members = {_name_of(info): info for info in infos if info.isreg()}
+
+        def open_member(name: str) -> IO[bytes]:
+            own = path.open("rb")
+            stack.callback(own.close)
+            return io.BufferedReader(Slice(own, members[name].offset_data, members[name].size), _COPY_BYTES)
+
+        def extract() -> Path:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemo-")))
+            _extract_members(path, infos, folder)
+            check_directory(folder)
+            return folder
+
+        yield NemoFile(path, {name: info.size for name, info in members.items()}, open_member, extract)
+
+
+def extract_nemo(path: str | Path, into: str | Path) -> Path:
+    """Extract a checked `.nemo` into the empty or new folder `into`, pickles checked; return the folder.
+
+    Raises:
+        CheckpointError: as `open_nemo`; or `into` is not empty.
+    """
+    into = Path(into)
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise CheckpointError(f"{into}: exists and is not an empty folder. Choose another one.")
+    into.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
+    try:
+        with open_nemo(path) as nemo:
+            for name in nemo.members:
+                _write_new_file(staging / name, nemo.open(name))
+        check_directory(staging)
+        if into.exists():
+            into.rmdir()
+        staging.rename(into)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return into
+
+
+def check_weights(nemo: NemoFile) -> None:
+    """Check every pickle of an opened `.nemo` where it lies, without extracting it."""
+    for name in sorted(nemo.members):
+        where = f"{nemo.path}:{name}"
+        if is_pickle_file(name):
+            load_torch_file(nemo.open(name), where)
+        elif posixpath.basename(name) == INDEX:
+            folder = posixpath.dirname(name)
+            index = parse_index(nemo.open(name), where)
+            check_chunks(index, partial(_open_in, nemo, folder), f"{nemo.path}:{folder}")
+
+
+def _open_in(nemo: NemoFile, folder: str, name: str) -> IO[bytes]:
+    return nemo.open(posixpath.join(folder, name))
+
+
+def _read_config(nemo: NemoFile) -> dict[str, Any]:
+    if CONFIG_NAME not in nemo.members:
+        raise CheckpointError(
+            f"{nemo.path}: has no {CONFIG_NAME}, so it is not a .nemo. Members: {', '.join(sorted(nemo.members)[:8])}"
+        )
+    return parse_config(nemo.open(CONFIG_NAME).read(), f"{nemo.path}:{CONFIG_NAME}")
+
+
+def _open_folder(folder: Path) -> NemoFile:
+    members = {}
+    for root, folders, files in os.walk(folder):
+        for name in sorted([*folders, *files]):
+            entry = Path(root, name)
+            if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                raise CheckpointError(f"{entry}: a link or special file inside a checkpoint folder. Refused.")
+        for name in files:
+            entry = Path(root, name)
+            members[entry.relative_to(folder).as_posix()] = entry.stat().st_size
+
+    def checked() -> Path:
+        check_directory(folder)
+        return folder
+
+    return NemoFile(folder, members, lambda name: (folder / name).open("rb"), checked)
+
+
+class _HeaderReader(io.RawIOBase):
+    """What `tarfile` reads while listing: headers. A header that asks for megabytes is an attack on memory."""
+
+    def __init__(self, file: IO[bytes], where: Path) -> None:
+        super().__init__()
+        self._file, self._where = file, where
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > 2**20:
+            raise CheckpointError(f"{self._where}: a tar header claims {size} bytes. Refused.")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _list_gzip(path: Path) -> list[tarfile.TarInfo]:
+    limit = path.stat().st_size * _GZIP_MAX_RATIO + _GZIP_ALLOWANCE
+    with gzip.open(path) as file:
+        return _list_tar(path, file, limit, compressed=True)  # type: ignore[arg-type]
+
+
+def _list_tar(path: Path, file: IO[bytes], limit: int, compressed: bool = False) -> list[tarfile.TarInfo]:
+    """Every member, checked. `limit` is the size of the file, or how much a compressed one may hold."""
+    infos: list[tarfile.TarInfo] = []
+    seen: set[str] = set()
+    try:
+        file.seek(0)
+        with tarfile.open(fileobj=_HeaderReader(file, path), mode="r:") as tar:  # type: ignore[arg-type]
+            # Checked as they come: to go on to the next header of a gzip, tarfile has to unpack this member.
+            for info in tar:
+                if tar.pax_headers:
+                    raise CheckpointError(f"{path}: has a global PAX header, which renames members. Refused.")
+                name = _check_member(path, info)
+                if name in seen:
+                    raise CheckpointError(
+                        f"{path}: holds {info.name!r} twice; readers disagree about which counts. Refused."
+                    )
+                seen.add(name)
+                if info.offset_data + info.size > limit:
+                    if compressed:
+                        raise CheckpointError(
+                            f"{path}: {info.name!r} would unpack to {info.offset_data + info.size} bytes, more than "
+                            f"{_GZIP_MAX_RATIO} times the file. Refused as a compression bomb."
+                        )
+                    raise CheckpointError(
+                        f"{path}: {info.name!r} claims {info.size} bytes, but the file ends before. "
+                        "It is cut off or forged; copy or download it again."
+                    )
+                infos.append(info)
+                if len(infos) > MAX_MEMBERS:
+                    raise CheckpointError(f"{path}: more than {MAX_MEMBERS} members. Refused.")
+    except (tarfile.TarError, EOFError, OSError, ValueError) as err:
+        raise CheckpointError(f"{path}: not a .nemo archive, or damaged ({err}). Expected a tar.") from err
+    if not infos:
+        raise CheckpointError(f"{path}: an empty archive. Expected {CONFIG_NAME} and weights.")
+    return infos
+
+
+def _name_of(info: tarfile.TarInfo) -> str:
+    return posixpath.normpath(info.name)
+
+
+def _check_member(path: Path, info: tarfile.TarInfo) -> str:
+    """The member's normal name. Raises CheckpointError unless it is a file or folder inside the archive."""
+    label = f"{path}: member {info.name!r}"
+    if info.issparse():
+        raise CheckpointError(f"{label} is a sparse file. Refused.")
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
+        kind = _KINDS.get(info.type, f"of tar type {info.type!r}")
+        raise CheckpointError(f"{label} is {kind}. A .nemo holds files and folders only. Refused.")
+    if override := sorted(set(info.pax_headers) - _HARMLESS_PAX):
+        raise CheckpointError(f"{label} has the PAX record {override[0]!r}, which overrides its header. Refused.")
+    if info.name.startswith("/"):
+        raise CheckpointError(f"{label} is an absolute path. Refused.")
+    if ".." in info.name.split("/") or "\\" in info.name or "\0" in info.name:
+        raise CheckpointError(f"{label} leads out of the archive. Refused.")
+    return _name_of(info)
+
+
+def _extract_members(path: Path, infos: list[tarfile.TarInfo], folder: Path) -> None:
+    needed, free = sum(info.size for info in infos), shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{path}: unpacking needs {needed} bytes in {folder.parent}, which has {free}. "
+            "Free some space, or set TMPDIR to a folder on a larger disk."
+        )
+    with path.open("rb") as raw:
+        source = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        for info in sorted(infos, key=lambda info: info.offset_data):
+            if info.isreg():
+                member = Slice(source, info.offset_data, info.size)  # type: ignore[arg-type]
+                _write_new_file(folder / _name_of(info), member)
+
+
+def _write_new_file(target: Path, source: IO[bytes] | Slice) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as out:
+            shutil.copyfileobj(source, out, _COPY_BYTES)
+    except OSError as err:  # a full disk, or a member below another that is a file
+        raise CheckpointError(f"{target}: cannot be unpacked: {err.strerror}") from err
+
+
+class NemoWriter:
+    """Writes a `.nemo` in one pass beside its final name, and renames it when it is complete and on disk.
+
+        with NemoWriter(path) as archive:
+            archive.add("model_config.yaml", data)
+            with archive.member("model_weights/__0_0.distcp") as stream:
+                ...
+
+    An exception removes the partial file. A killed process leaves it, under a hidden name; the next writer of the
+    same target removes it. Nothing else in the folder is read or touched, a `model_weights/` there least of all
+    (D-33: NeMo up to 1.23 would pack that in place of the new weights).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._mtime = int(time.time())
+
+    def __enter__(self) -> NemoWriter:
+        if self.path.is_dir():
+            raise CheckpointError(f"{self.path}: is a folder; give the name of the .nemo file to write")
+        folder = self.path.parent  # `.` for a bare filename
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_stale(folder, self.path.name)
+            self._partial = folder / f".{self.path.name}.{secrets.token_hex(8)}.partial"
+            self._file = self._partial.open("xb")
+        except OSError as err:
+            raise CheckpointError(f"{self.path}: cannot be written: {err.strerror}") from err
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # tells `_remove_stale` that somebody still writes it
+        self._folders: set[str] = set()
+        self._add_folder(".")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        try:
+            if error is None:
+                self._file.write(bytes(2 * tarfile.BLOCKSIZE))
+                self._pad(tarfile.RECORDSIZE)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                os.replace(self._partial, self.path)
+                _fsync_folder(self.path.parent)
+        except OSError as err:
+            raise CheckpointError(f"{self.path}: writing failed: {err.strerror}. Nothing was left there.") from err
+        finally:
+            with contextlib.suppress(OSError):  # flushing to a full disk fails once more here
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{self.path}: writing failed: {error.strerror}. Nothing was left there.") from error
+
+    def add(self, name: str, data: bytes) -> None:
+        """Add a small member."""
+        with self.member(name) as stream:
+            stream.write(data)
+
+    @contextmanager
+    def member(self, name: str) -> Iterator[IO[bytes]]:
+        """Add a member whose size is known only once it has been written."""
+        for parent in reversed(Path(name).parents):
+            self._add_folder(parent.as_posix())
+        start = self._file.tell()
+        self._header(name, 0, tarfile.REGTYPE)
+        yield self._file
+        end = self._file.tell()
+        self._file.seek(start)
+        self._header(name, end - start - tarfile.BLOCKSIZE, tarfile.REGTYPE)
+        self._file.seek(end)
+        self._pad(tarfile.BLOCKSIZE)
+
+    def _add_folder(self, name: str) -> None:
+        if name not in self._folders:
+            self._folders.add(name)
+            self._header(name, 0, tarfile.DIRTYPE)
+
+    def _header(self, name: str, size: int, kind: bytes) -> None:
+        info = tarfile.TarInfo("." if name == "." else f"./{name}")
+        info.size, info.type, info.mtime = size, kind, self._mtime
+        info.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
+        # GNU format: a member over 8 GiB still has a header of one block, so its size can be filled in afterwards.
+        header = info.tobuf(tarfile.GNU_FORMAT)
+        if len(header) != tarfile.BLOCKSIZE:
+            raise CheckpointError(f"{self.path}: member name {name!r} is too long for a tar header")
+        self._file.write(header)
+
+    def _pad(self, block: int) -> None:
+        self._file.write(bytes(-self._file.tell() % block))
+
+
+def write_nemo(staged_dir: str | Path, out_path: str | Path) -> None:
+    """Pack a folder that holds `model_config.yaml`, weights and tokenizer into the `.nemo` `out_path`.
+
+    The old file, or none, stays under that name until the new one is complete. The config goes first, so that
+    `read_config` need not look far.
+
+    Raises:
+        CheckpointError: no config in the folder, a link in it, or the target cannot be written.
+    """
+    staged = _open_folder(Path(staged_dir))
+    check_config(staged.config, str(staged_dir))
+    with NemoWriter(out_path) as archive:
+        for name in sorted(staged.members, key=lambda name: (name != CONFIG_NAME, "/" in name, name)):
+            with staged.open(name) as source, archive.member(name) as stream:
+                shutil.copyfileobj(source, stream, _COPY_BYTES)
+
+
+def _remove_stale(folder: Path, name: str) -> None:
+    """Remove what killed writers of `name` left behind. A writer that is still alive holds a lock."""
+    for left in folder.glob(f".{name}.*.partial"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

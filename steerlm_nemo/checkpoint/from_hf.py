@@ -1,0 +1,209 @@
+"""Hugging Face Llama folder -> `.nemo`, one tensor at a time: no model is built and NeMo is not imported.
+
+Refusals come first. Then each Megatron tensor of a layer is put together from its Hugging Face parts and appended
+to the archive, so memory holds a few tensors whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from steerlm_nemo.checkpoint.archive import CONFIG_NAME, WEIGHTS_DIR, NemoWriter
+from steerlm_nemo.checkpoint.llama_config import HFConfig, nemo_config, read_hf_config, vocabulary_padding
+from steerlm_nemo.checkpoint.mapping import EXTRA_STATE, EXTRA_STATE_STACKED, OUTPUT, Layout, Rule, rules_for
+from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, TensorPlace, find_tensors
+from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, find_tokenizer
+from steerlm_nemo.checkpoint.torch_dist import DATA_FILE, INDEX, TorchDistWriter, common_and_backend
+from steerlm_nemo.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"32": "float32", "16": "float16", "bf16": "bfloat16"}
+# Older transformers stored this constant with the weights; Megatron computes it.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that nothing refuses, ready to be written."""
+
+    config: HFConfig
+    tensors: dict[str, TensorPlace]
+    tokenizer: TokenizerFiles
+    layout: Layout
+    divisor: int
+    precision: str
+    generation: dict[str, Any]
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return rules_for(tied=self.config.tied)
+
+    @property
+    def dtype(self) -> str:
+        return DTYPES[self.precision]
+
+    @property
+    def num_bytes(self) -> int:
+        """Weights of the result."""
+        return sum(math.prod(self.layout.global_shape(rule)) for rule in self.rules) * ITEM_SIZE[self.dtype]
+
+
+def plan_conversion(folder: Path, precision: str | None) -> Conversion:
+    """Read everything but the weights, and refuse what cannot be converted.
+
+    `precision` is 32, 16 or bf16; None keeps the dtype of the source.
+
+    Raises:
+        InputError: files that are missing or damaged.
+        CheckpointError: a model that cannot be converted, or whose tensors are not those of its config.
+    """
+    config = read_hf_config(folder)
+    tensors = find_tensors(folder)
+    tokenizer = find_tokenizer(folder)
+    padded, divisor = vocabulary_padding(config.raw["vocab_size"], tokenizer.size)
+    layout = config.layout(padded)
+    _check_tensors(config, tensors, layout, folder)
+    if precision is None:
+        dtypes = {place.dtype for place in tensors.values()}
+        if len(dtypes) > 1:
+            raise InputError(f"{folder}: has tensors of {', '.join(sorted(dtypes))}; choose one with --precision")
+        precision = next(name for name, dtype in DTYPES.items() if dtype in dtypes)
+    generation_path = folder / "generation_config.json"
+    try:
+        generation = json.loads(generation_path.read_bytes()) if generation_path.is_file() else {}
+    except ValueError as err:
+        raise InputError(f"{generation_path}: not valid JSON: {err}") from err
+    return Conversion(config, tensors, tokenizer, layout, divisor, precision, generation)
+
+
+def _check_tensors(config: HFConfig, tensors: dict[str, TensorPlace], layout: Layout, folder: Path) -> None:
+    expected = {
+        name: layout.hf_shape(axes)
+        for rule in rules_for(tied=config.tied)
+        for layer in (range(layout.num_layers) if rule.is_stacked else (None,))
+        for name, axes in zip(rule.hf_names(layer), rule.hf_axes, strict=True)
+    }
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    for name, place in tensors.items():
+        if name in expected:
+            if place.shape != expected[name]:
+                problems.append(f"{name} has shape {list(place.shape)}, config.json asks for {list(expected[name])}")
+        elif name == OUTPUT.hf[0]:  # tied, and stored all the same
+            if not _same_bytes(place, tensors["model.embed_tokens.weight"]):
+                problems.append(f"{name} differs from the embedding, but tie_word_embeddings is true")
+        elif not name.endswith(_IGNORED_SUFFIX):
+            problems.append(f"{name} is not a tensor of this architecture")
+    if problems:
+        shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        raise CheckpointError(f"{folder}: tensors and config.json do not fit together:\n  " + "\n  ".join(shown))
+
+
+def _same_bytes(one: TensorPlace, other: TensorPlace) -> bool:
+    import torch
+
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.read(), other.read())
+
+
+def convert(conversion: Conversion, out: Path, report: Callable[[str], None]) -> None:
+    """Write the `.nemo`. `report` gets one line per layer and a closing line.
+
+    Raises:
+        CheckpointError: the disk is too small or fails, or a value does not fit into fp16.
+    """
+    started = time.monotonic()
+    _require_space(out, conversion.num_bytes)
+    layout, tensors = conversion.layout, conversion.tensors
+    report(
+        f"{conversion.config.raw['architectures'][0]}, {len(tensors)} tensors, {layout.num_layers} layers; writing "
+        f"{gigabytes(conversion.num_bytes)} of {conversion.dtype}, needing about "
+        f"{gigabytes(300e6 + 3 * max(place.num_bytes for place in tensors.values()))} of memory"
+    )
+    model_config = nemo_config(
+        conversion.config, layout, conversion.divisor, conversion.precision, conversion.tokenizer, conversion.generation
+    )
+    with NemoWriter(out) as archive:
+        archive.add(CONFIG_NAME, yaml.safe_dump(model_config, sort_keys=False).encode())
+        for name, data in sorted(conversion.tokenizer.files.items()):
+            archive.add(name, data)
+        with archive.member(f"{WEIGHTS_DIR}/{DATA_FILE}") as stream:
+            writer = TorchDistWriter(stream)
+            _write_tensors(conversion, writer, report)
+            _write_extra_state(writer, layout.num_layers)
+        common, backend = common_and_backend()
+        archive.add(f"{WEIGHTS_DIR}/{INDEX}", writer.index())
+        archive.add(f"{WEIGHTS_DIR}/common.pt", common)
+        archive.add(f"{WEIGHTS_DIR}/metadata.json", backend)
+    seconds = time.monotonic() - started
+    report(f"wrote {out}: {gigabytes(out.stat().st_size)} in {seconds:.1f} s; vocabulary {vocabulary_text(layout)}")
+
+
+def _write_tensors(conversion: Conversion, writer: TorchDistWriter, report: Callable[[str], None]) -> None:
+    layout, rules = conversion.layout, conversion.rules
+
+    def add(rule: Rule, layer: int | None) -> None:
+        parts = tuple(_cast(name, conversion.tensors[name], conversion.dtype) for name in rule.hf_names(layer))
+        packed = rule.pack(parts, layout)
+        shape = layout.global_shape(rule)
+        if layer is not None:
+            writer.add(rule.mcore, shape, (layer, *(0 for _ in packed.shape)), packed.unsqueeze(0))
+        else:
+            writer.add(rule.mcore, shape, tuple(0 for _ in shape), packed)
+
+    for rule in rules:
+        if not rule.is_stacked:
+            add(rule, None)
+    for layer in range(layout.num_layers):
+        for rule in rules:
+            if rule.is_stacked:
+                add(rule, layer)
+        report(f"layer {layer + 1} of {layout.num_layers}")
+
+
+def _cast(name: str, place: TensorPlace, dtype: str) -> torch.Tensor:
+    import torch
+
+    tensor = place.read()
+    if place.dtype == dtype:
+        return tensor
+    result = tensor.to(getattr(torch, dtype))
+    if dtype == "float16" and not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
+        raise CheckpointError(
+            f"{place.path}: {name} has values beyond 65504, the largest of float16. Use --precision bf16 or 32."
+        )
+    return result
+
+
+def _write_extra_state(writer: TorchDistWriter, num_layers: int) -> None:
+    for key in EXTRA_STATE_STACKED:
+        for layer in range(num_layers):
+            writer.add_object(f"{key}/shard_{layer}_{num_layers}", None)
+    for key in EXTRA_STATE:
+        writer.add_object(f"{key}/shard_0_1", None)
+
+
+def _require_space(out: Path, num_bytes: int) -> None:
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise CheckpointError(f"{out}: needs {gigabytes(num_bytes)}, but {folder} has {gigabytes(free)} left")
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def vocabulary_text(layout: Layout) -> str:
+    return f"{layout.vocab_size} padded to {layout.padded_vocab_size} (the same at TP 1, 2, 4 and 8)"

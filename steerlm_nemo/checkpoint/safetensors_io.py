@@ -1,0 +1,122 @@
+"""safetensors files read and written one tensor at a time.
+
+The official reader maps the whole file into memory, which counts against the limit that conversion keeps; this one
+reads a tensor into a buffer of its own. Format: 8 bytes of length, that many of JSON header, then raw tensor data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steerlm_nemo.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ST_DTYPES = {name: code for code, name in TORCH_DTYPES.items()}
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+_MAX_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    path: Path
+    start: int
+    num_bytes: int
+    dtype: str  # as torch spells it
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            InputError: the file is shorter than when its header was read.
+        """
+        import torch
+
+        buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            if file.readinto(buffer.numpy()) != self.num_bytes:  # type: ignore[arg-type]
+                raise InputError(f"{self.path}: ends too early")
+        return buffer.view(getattr(torch, self.dtype)).reshape(self.shape)
+
+
+def places_in(path: Path) -> dict[str, TensorPlace]:
+    """Where every tensor of one file lies, checked against the file's size.
+
+    Raises:
+        InputError: not a safetensors file, cut off, or a dtype that is not a float of 16 or 32 bits.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if not 2 <= header_size <= min(_MAX_HEADER, size - 8):
+                raise InputError(f"{path}: not a safetensors file, or cut off; download it again")
+            header = json.loads(file.read(header_size))
+    except OSError as err:
+        raise InputError(f"{path}: cannot be read: {err.strerror}") from err
+    except (ValueError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: its safetensors header is not JSON ({err}); download it again") from err
+    places = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in TORCH_DTYPES:
+            raise InputError(
+                f"{path}: {name} has dtype {entry['dtype']}; quantised and integer weights are not supported, "
+                f"only {', '.join(TORCH_DTYPES)}"
+            )
+        first, last = entry["data_offsets"]
+        dtype, shape = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start, num_bytes = 8 + header_size + first, last - first
+        if num_bytes != math.prod(shape) * ITEM_SIZE[dtype] or start + num_bytes > size:
+            raise InputError(f"{path}: {name} lies outside the file ({size} bytes); it is cut off, download it again")
+        places[name] = TensorPlace(path, start, num_bytes, dtype, shape)
+    return places
+
+
+def find_tensors(folder: Path) -> dict[str, TensorPlace]:
+    """Every tensor of a Hugging Face folder, from one file or from the shards that its index names.
+
+    Raises:
+        InputError: no safetensors there, a shard is missing, or index and shards disagree.
+    """
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            others = sorted(path.name for path in folder.glob("*.bin"))
+            hint = f" Load {others[0]} with transformers and save it again as safetensors." if others else ""
+            raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}.{hint}")
+        return places_in(folder / SINGLE)
+    try:
+        weight_map: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as err:
+        raise InputError(f"{folder / INDEX}: not a safetensors index ({err!r})") from err
+    places: dict[str, TensorPlace] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise InputError(f"{folder / INDEX}: names the shard {shard!r}, which is not a file of this folder")
+        places |= places_in(folder / shard)
+    if missing := sorted(weight_map.keys() - places.keys()):
+        raise InputError(f"{folder / INDEX}: lists {missing[0]} in {weight_map[missing[0]]}, which does not have it")
+    return places
+
+
+def header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The start of a safetensors file whose tensors follow in this order; values are (torch dtype, shape)."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + math.prod(shape) * ITEM_SIZE[dtype]
+        entries[name] = {"dtype": ST_DTYPES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers expect aligned data
+    return len(text).to_bytes(8, "little") + text

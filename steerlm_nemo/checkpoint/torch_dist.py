@@ -1,0 +1,274 @@
+"""Megatron's `torch_dist` checkpoints, read and written one tensor at a time without Megatron or process groups.
+
+A folder holds
+    metadata.json    which backend wrote it
+    common.pt        what is not sharded: an empty dict in a `.nemo`
+    .metadata        a pickle: every tensor's dtype, shape and chunks, and where each chunk lies
+    __<rank>_<n>.distcp   chunks, each a whole `torch.save` file, one after the other
+Chunks are addressed by key and offset in the global tensor, so a checkpoint can be read at any tensor or pipeline
+parallel size, whatever wrote it. Reading parses `.metadata` with `InertUnpickler`: nothing in it is trusted.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from steerlm_nemo.checkpoint.safety import Inert, Slice, load_inert, load_torch_file
+from steerlm_nemo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = ".metadata"
+DATA_FILE = "__0_0.distcp"
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+Offset = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of a global tensor and where its `torch.save` file lies."""
+
+    offset: Offset
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    dtype: str  # as torch spells it, without the `torch.`
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A pickled object, such as Transformer Engine's `_extra_state`."""
+
+    file: str
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """The content of `.metadata`."""
+
+    tensors: dict[str, StoredTensor]
+    objects: dict[str, StoredObject]
+
+    def files(self) -> set[str]:
+        return {chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks} | {
+            stored.file for stored in self.objects.values()
+        }
+
+
+def parse_index(file: IO[bytes], where: str) -> Index:
+    """Parse and check `.metadata`.
+
+    Raises:
+        CheckpointError: unsafe, damaged, a file name that leaves the folder, or chunks that do not cover a tensor.
+    """
+    root = load_inert(file, where)
+    try:
+        places = {}
+        for index, info in root.state["storage_data"].items():
+            fields = index.state
+            offset = fields.get("offset")
+            places[fields["fqn"], None if offset is None else _ints(offset)] = (
+                str(info.state["relative_path"]),
+                int(info.state["offset"]),
+                int(info.state["length"]),
+            )
+            if info.state.get("transform_descriptors"):
+                raise CheckpointError(f"{where}: {fields['fqn']} is stored transformed, which is not supported")
+        tensors, objects = {}, {}
+        for key, stored in root.state["state_dict_metadata"].items():
+            if stored.global_name.endswith("BytesStorageMetadata"):
+                objects[key] = StoredObject(*places[key, None])
+                continue
+            chunks = tuple(
+                Chunk(offset, _ints(chunk.state["sizes"]), *places[key, offset])
+                for chunk in stored.state["chunks"]
+                for offset in [_ints(chunk.state["offsets"])]
+            )
+            dtype = stored.state["properties"].state[0].global_name.removeprefix("torch.")
+            tensors[key] = StoredTensor(dtype, _ints(stored.state["size"]), chunks)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as err:
+        raise CheckpointError(
+            f"{where}: not the index of a distributed checkpoint ({err!r}). The file is damaged."
+        ) from err
+    index = Index(tensors, objects)
+    for name in index.files():
+        if "/" in name or "\\" in name or not name.endswith(".distcp"):
+            raise CheckpointError(f"{where}: names the data file {name!r}, which is not a .distcp beside it. Refused.")
+    for key, tensor in tensors.items():
+        if sum(math.prod(chunk.shape) for chunk in tensor.chunks) != math.prod(tensor.shape):
+            raise CheckpointError(f"{where}: the chunks of {key} do not add up to its shape {list(tensor.shape)}")
+    return index
+
+
+def _ints(size: Any) -> tuple[int, ...]:
+    """A `torch.Size` as the unpickler leaves it."""
+    return tuple(int(number) for number in (size.args[0] if isinstance(size, Inert) else size))
+
+
+def check_index(directory: Path) -> None:
+    """Check `.metadata` of a checkpoint folder and the pickle of every chunk and object it points to."""
+    with (directory / INDEX).open("rb") as file:
+        index = parse_index(file, str(directory / INDEX))
+    check_chunks(index, lambda name: (directory / name).open("rb"), str(directory))
+
+
+def check_chunks(index: Index, open_file: Callable[[str], IO[bytes]], where: str) -> None:
+    """Check the pickle inside every chunk and object. Reads their zip directories, not their data."""
+    for key, file, start, num_bytes in _places(index):
+        name = f"{where}/{file}: {key}"
+        try:
+            with open_file(file) as stream:
+                load_torch_file(io.BufferedReader(Slice(stream, start, num_bytes)), name)
+        except OSError as err:
+            raise CheckpointError(f"{name}: cannot be read: {err}") from err
+
+
+def _places(index: Index) -> Iterator[tuple[str, str, int, int]]:
+    for key, tensor in index.tensors.items():
+        for chunk in tensor.chunks:
+            yield key, chunk.file, chunk.start, chunk.num_bytes
+    for key, stored in index.objects.items():
+        yield key, stored.file, stored.start, stored.num_bytes
+
+
+def read_slab(
+    tensor: StoredTensor, leading: int | None, open_file: Callable[[str], IO[bytes]], where: str
+) -> torch.Tensor:
+    """A global tensor, or `tensor[leading]` where `leading` is given, assembled from its chunks.
+
+    Holds the result and one chunk. torch reads the chunks with `weights_only`.
+
+    Raises:
+        CheckpointError: a chunk is damaged or has another shape or dtype than the index says.
+    """
+    import torch
+
+    dtype = getattr(torch, tensor.dtype)
+    shape = tensor.shape if leading is None else tensor.shape[1:]
+    result: torch.Tensor | None = None
+    for chunk in tensor.chunks:
+        first, count = (chunk.offset[0], chunk.shape[0]) if chunk.shape else (0, 1)
+        if leading is not None and not first <= leading < first + count:
+            continue
+        try:
+            with open_file(chunk.file) as stream:
+                source = io.BufferedReader(Slice(stream, chunk.start, chunk.num_bytes), 2**20)
+                loaded = torch.load(source, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        except Exception as err:  # torch raises many types for a damaged file
+            raise CheckpointError(f"{where}/{chunk.file}: damaged: {str(err).splitlines()[0]}") from err
+        if tuple(loaded.shape) != chunk.shape or loaded.dtype != dtype:
+            raise CheckpointError(
+                f"{where}/{chunk.file}: a chunk is {list(loaded.shape)} {loaded.dtype}, "
+                f"the index says {list(chunk.shape)} {dtype}. The checkpoint is damaged."
+            )
+        offset, sizes = chunk.offset, chunk.shape
+        if leading is not None:
+            loaded, offset, sizes = loaded[leading - first], offset[1:], sizes[1:]
+        if sizes == shape:
+            return loaded
+        if result is None:
+            result = torch.empty(shape, dtype=dtype)
+        result[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))] = loaded
+    if result is None:
+        raise CheckpointError(f"{where}: no chunk holds row {leading} of a tensor of shape {list(tensor.shape)}")
+    return result
+
+
+class TorchDistWriter:
+    """Appends chunks to one data file; `index()` is then the content of `.metadata`.
+
+    Args:
+        stream: receives the data file `__0_0.distcp`; only `write` is used.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = _Counting(stream)
+        self._tensors: dict[str, Any] = {}
+        self._places: dict[Any, Any] = {}
+
+    def add(self, key: str, global_shape: tuple[int, ...], offset: Offset, chunk: torch.Tensor) -> None:
+        """Write one chunk of the global tensor `key`. The chunk has as many axes as `global_shape`."""
+        import torch
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            MetadataIndex,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
+        stored = self._tensors.setdefault(
+            key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(global_shape), [])
+        )
+        stored.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk.shape)))
+        self._save(MetadataIndex(key, torch.Size(offset)), chunk)
+
+    def add_object(self, key: str, value: object) -> None:
+        """Write an object as Megatron writes a `ShardedObject`; `key` ends in `/shard_<index>_<count>`."""
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+        self._tensors[key] = BytesStorageMetadata()
+        self._save(MetadataIndex(key), [value])
+
+    def _save(self, index: Any, value: object) -> None:
+        import torch
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+        start = self._stream.num_bytes
+        torch.save(value, self._stream)  # type: ignore[arg-type]
+        self._places[index] = _StorageInfo(DATA_FILE, start, self._stream.num_bytes - start)
+
+    def index(self) -> bytes:
+        from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+        metadata = Metadata(self._tensors, storage_data=self._places)
+        # Megatron looks here for the original shape of flattened optimizer tensors; weights have no entry.
+        sharded = [key for key, stored in self._tensors.items() if isinstance(stored, TensorStorageMetadata)]
+        metadata.mcore_data = {key: {} for key in sharded}  # type: ignore[attr-defined]
+        return pickle.dumps(metadata)
+
+
+class _Counting:
+    """Counts what passes, so that a chunk's place is known on a stream that cannot tell."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._stream.write(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def common_and_backend() -> tuple[bytes, bytes]:
+    """The content of `common.pt` (nothing is unsharded) and of `metadata.json`."""
+    import torch
+
+    common = io.BytesIO()
+    torch.save({}, common)
+    return common.getvalue(), json.dumps(BACKEND).encode()

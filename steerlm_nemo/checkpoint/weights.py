@@ -1,0 +1,73 @@
+"""The weights inside an opened `.nemo`: which tensors it holds, and reading them one layer at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import IO, TYPE_CHECKING
+
+from steerlm_nemo.checkpoint.archive import WEIGHTS_DIR, NemoFile
+from steerlm_nemo.checkpoint.mapping import Layout, Rule
+from steerlm_nemo.checkpoint.torch_dist import INDEX, Index, check_chunks, parse_index, read_slab
+from steerlm_nemo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DistributedWeights:
+    """The `model_weights/` folder of a `.nemo`, in Megatron's torch_dist format.
+
+    Raises:
+        CheckpointError: there is none, it is in another format, or its index is unsafe or damaged.
+    """
+
+    def __init__(self, nemo: NemoFile) -> None:
+        self._nemo = nemo
+        self.where = f"{nemo.path}:{WEIGHTS_DIR}"
+        index_name = f"{WEIGHTS_DIR}/{INDEX}"
+        if index_name not in nemo.members:
+            if any(name.endswith("/.zarray") for name in nemo.members):
+                found = "zarr arrays (NeMo 1.x); open it once in NeMo 2.x and save it, which writes torch_dist"
+            elif any(name.endswith(".ckpt") for name in nemo.members):
+                found = "a legacy model_weights.ckpt (mcore_gpt: false)"
+            else:
+                found = "no weights"
+            raise CheckpointError(f"{nemo.path}: expected {index_name}, but it holds {found}")
+        self.index: Index = parse_index(nemo.open(index_name), f"{nemo.path}:{index_name}")
+
+    def open_file(self, name: str) -> IO[bytes]:
+        return self._nemo.open(f"{WEIGHTS_DIR}/{name}")
+
+    def check(self) -> None:
+        """Check the pickle of every chunk. Raises CheckpointError at the first that is refused."""
+        check_chunks(self.index, self.open_file, self.where)
+
+    @functools.cached_property
+    def dtype(self) -> str:
+        """The one dtype of all tensors."""
+        dtypes = {tensor.dtype for tensor in self.index.tensors.values()}
+        if len(dtypes) != 1:
+            raise CheckpointError(
+                f"{self.where}: tensors of {', '.join(sorted(dtypes)) or 'no'} dtype; expected one dtype"
+            )
+        return dtypes.pop()
+
+    def require(self, rules: Iterable[Rule], layout: Layout) -> None:
+        """Raise CheckpointError listing every tensor that is missing, left over or of another shape."""
+        expected = {rule.mcore: layout.global_shape(rule) for rule in rules}
+        found = {key: tensor.shape for key, tensor in self.index.tensors.items()}
+        problems = [f"{key} is missing" for key in expected if key not in found]
+        problems += [f"{key} has no place in a Llama" for key in found if key not in expected]
+        problems += [
+            f"{key} has shape {list(found[key])}, {list(shape)} expected from the config"
+            for key, shape in expected.items()
+            if key in found and found[key] != shape
+        ]
+        if problems:
+            shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
+            raise CheckpointError(f"{self.where}: tensors and config do not fit together:\n  " + "\n  ".join(shown))
+
+    def read(self, key: str, layer: int | None) -> torch.Tensor:
+        """One tensor, or one layer of a stacked one."""
+        return read_slab(self.index.tensors[key], layer, self.open_file, self.where)
