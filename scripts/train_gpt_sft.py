@@ -27,13 +27,14 @@ def main() -> None:
         print(__doc__)
         return
 
+    from steerlm_nemo.config import load_config, printable
     from steerlm_nemo.training import config, launch
 
     show_only = "--cfg" in argv
-    cfg = config.load_config([arg for arg in argv if arg != "--cfg"], default_name="gpt_sft")
+    cfg = load_config([arg for arg in argv if arg != "--cfg"], default_name="gpt_sft")
     config.require_values(cfg)
     if show_only:
-        print(config.printable(cfg))
+        print(printable(cfg))
         return
     from steerlm_nemo.checkpoint.archive import read_config
 

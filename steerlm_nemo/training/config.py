@@ -1,89 +1,22 @@
-"""Reading and checking a training configuration, before NeMo is imported and before any rank is started.
+"""Checking a training configuration before NeMo is imported and before any rank is started.
 
-Hydra's override grammar (`key=value`, `+key=value`, `++key=value`, `--config-name`, `--config-path`). Every problem
-found is reported together.
+Every problem found is reported together.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from steerlm_nemo.attributes import AttributeSchema, schema_named
 from steerlm_nemo.conversation import RECORD_TYPES
 from steerlm_nemo.errors import ConfigError, SteerLMError
 from steerlm_nemo.template import ChatTemplate
-
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "nemo_configs"
-
-
-def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
-    """Compose a config of nemo_configs/ with the overrides of the command line.
-
-    Raises:
-        ConfigError: no such config, an override that does not parse, or an unknown key (the nearest is named).
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-
-    name, directory, overrides = default_name, CONFIG_DIR, []
-    for arg in argv:
-        key, _, value = arg.partition("=")
-        if key in ("--config-name", "-cn"):
-            name = value.removesuffix(".yaml")
-        elif key in ("--config-path", "-cp"):
-            directory = Path(value).resolve()
-        elif arg.startswith("--"):
-            raise ConfigError(f"unknown option {arg}; settings are written key=value, for example trainer.devices=2")
-        else:
-            overrides.append(arg)
-    if not (directory / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in directory.glob("*.yaml")))
-        raise ConfigError(f"no config {name!r} in {directory}; there are: {known}")
-    if not OmegaConf.has_resolver("multiply"):
-        OmegaConf.register_new_resolver("multiply", lambda a, b: a * b)
-    try:
-        with initialize_config_dir(version_base=None, config_dir=str(directory)):
-            return compose(config_name=name, overrides=overrides)
-    except HydraException as err:
-        raise ConfigError(_explain(err, directory / f"{name}.yaml", overrides)) from err
-
-
-def _explain(err: Exception, path: Path, overrides: Sequence[str]) -> str:
-    text = " ".join(str(err).split())
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1].lstrip("+")
-        near = difflib.get_close_matches(key, _all_keys(path), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"unknown config key {key}{hint} To add a key on purpose, write +{key}=..."
-    if "LexerNoViableAltException" in text or "mismatched input" in text or "token recognition" in text:
-        marked = next((o for o in overrides if "<" in o or "\\" in o), overrides[0] if overrides else "")
-        return f"cannot parse the override {marked!r}: quote its value, for example \"key='<extra_id_0>'\". ({text})"
-    return f"{path}: {text}"
-
-
-def _all_keys(path: Path) -> list[str]:
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(version_base=None, config_dir=str(path.parent)):
-        return list(_flatten(compose(config_name=path.stem), ""))
-
-
-def _flatten(cfg: DictConfig, prefix: str) -> Iterator[str]:
-    for key in cfg:
-        full = f"{prefix}{key}"
-        yield full
-        node = cfg._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            yield from _flatten(node, f"{full}.")
-
 
 def read_template(cfg: DictConfig) -> ChatTemplate:
     """The chat template of `model.data.chat_prompt_tokens`."""
@@ -223,8 +156,3 @@ def warnings(cfg: DictConfig, base: Any) -> Iterator[str]:
         )
     if limit and data.train_ds.max_seq_length > limit:
         yield f"train_ds.max_seq_length {data.train_ds.max_seq_length} is above the checkpoint's context of {limit}"
-
-
-def printable(cfg: DictConfig | ListConfig) -> str:
-    """The resolved config as YAML."""
-    return OmegaConf.to_yaml(cfg, resolve=True)

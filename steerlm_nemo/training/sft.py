@@ -21,6 +21,7 @@ from steerlm_nemo.attributes import digest_of
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config, write_nemo
 from steerlm_nemo.checkpoint.tokenizers import load_tokenizer, read_artifacts
 from steerlm_nemo.compat import prepare, quiet_logs
+from steerlm_nemo.config import printable
 from steerlm_nemo.errors import ConfigError, SteerLMError
 from steerlm_nemo.template import SteerLMFormat
 from steerlm_nemo.training import config as training_config
@@ -261,7 +262,7 @@ def _save_run_files(cfg: DictConfig, log_dir: Path, capabilities: dict[str, Any]
     checkpoints.mkdir(parents=True, exist_ok=True)
     (checkpoints / "run.json").write_text(json.dumps(fingerprint(cfg), indent=1))
     (log_dir / "capabilities.json").write_text(json.dumps(capabilities, indent=1))
-    (log_dir / "config.yaml").write_text(training_config.printable(cfg))
+    (log_dir / "config.yaml").write_text(printable(cfg))
 
 
 # --- the result -------------------------------------------------------------------------------------------------

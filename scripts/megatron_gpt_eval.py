@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Serve a value model or a SteerLM model over HTTP: PUT /generate, GET /health, GET /v1/attributes.
+
+  python scripts/megatron_gpt_eval.py gpt_model_file=model.nemo server=True port=1424 [KEY=VALUE ...]
+
+Keys are NeMo's; nemo_configs/megatron_gpt_inference.yaml lists them. trainer.devices=2 tensor_model_parallel_size=2
+starts its two ranks by itself; torchrun and srun work too. Binds 127.0.0.1 unless host= says otherwise.
+  server=False prompts='["Once upon a time"]'   continue prompts, print, stop
+  --help   this text        --cfg   print the resolved config and stop
+"""
+
+from __future__ import annotations
+
+import sys
+
+from steerlm_nemo.errors import ConfigError, exit_with_message
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return
+
+    from omegaconf import OmegaConf
+
+    from steerlm_nemo.config import load_config, printable
+    from steerlm_nemo.serving import main as serving
+    from steerlm_nemo.training import launch
+
+    cfg = load_config([arg for arg in argv if arg != "--cfg"], default_name="megatron_gpt_inference")
+    if OmegaConf.is_missing(cfg, "gpt_model_file"):
+        raise ConfigError("gpt_model_file is not set; give the .nemo to serve: gpt_model_file=model.nemo")
+    serving.resolve(cfg)
+    if "--cfg" in argv:
+        print(printable(cfg))
+        return
+    if not launch.ranks_exist() and cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1:
+        if cfg.server:
+            from steerlm_nemo.serving.server import open_listener
+
+            open_listener(cfg.port, cfg.host).close()  # a taken port is better learnt before the ranks start
+        sys.exit(launch.launch_ranks(sys.argv, cfg.trainer.devices))
+    serving.run(cfg)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

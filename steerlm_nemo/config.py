@@ -1,0 +1,83 @@
+"""Configs of nemo_configs/ with Hydra's override grammar: `key=value`, `+key=value`, `++key=value`.
+
+Options: `--config-name=NAME`, `--config-path=DIR`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from steerlm_nemo.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "nemo_configs"
+
+
+def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
+    """Compose a config of nemo_configs/ with the overrides of the command line.
+
+    Raises:
+        ConfigError: no such config, an override that does not parse, or an unknown key (the nearest is named).
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    name, directory, overrides = default_name, CONFIG_DIR, []
+    for arg in argv:
+        key, _, value = arg.partition("=")
+        if key in ("--config-name", "-cn"):
+            name = value.removesuffix(".yaml")
+        elif key in ("--config-path", "-cp"):
+            directory = Path(value).resolve()
+        elif arg.startswith("--"):
+            raise ConfigError(f"unknown option {arg}; settings are written key=value, for example trainer.devices=2")
+        else:
+            overrides.append(arg)
+    if not (directory / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in directory.glob("*.yaml")))
+        raise ConfigError(f"no config {name!r} in {directory}; there are: {known}")
+    if not OmegaConf.has_resolver("multiply"):
+        OmegaConf.register_new_resolver("multiply", lambda a, b: a * b)
+    try:
+        with initialize_config_dir(version_base=None, config_dir=str(directory)):
+            return compose(config_name=name, overrides=overrides)
+    except HydraException as err:
+        raise ConfigError(_explain(err, directory / f"{name}.yaml", overrides)) from err
+
+
+def _explain(err: Exception, path: Path, overrides: Sequence[str]) -> str:
+    text = " ".join(str(err).split())
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1].lstrip("+")
+        near = difflib.get_close_matches(key, _all_keys(path), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown config key {key}{hint} To add a key on purpose, write +{key}=..."
+    if "LexerNoViableAltException" in text or "mismatched input" in text or "token recognition" in text:
+        marked = next((o for o in overrides if "<" in o or "\\" in o), overrides[0] if overrides else "")
+        return f"cannot parse the override {marked!r}: quote its value, for example \"key='<extra_id_0>'\". ({text})"
+    return f"{path}: {text}"
+
+
+def _all_keys(path: Path) -> list[str]:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(version_base=None, config_dir=str(path.parent)):
+        return list(_flatten(compose(config_name=path.stem), ""))
+
+
+def _flatten(cfg: DictConfig, prefix: str) -> Iterator[str]:
+    for key in cfg:
+        full = f"{prefix}{key}"
+        yield full
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            yield from _flatten(node, f"{full}.")
+
+
+def printable(cfg: DictConfig) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(cfg, resolve=True)

@@ -1,0 +1,80 @@
+"""What every rank of a server does: load the model, then serve (rank 0) or follow (all others)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from steerlm_nemo.checkpoint.archive import read_config
+from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.serving.loading import check_parallelism
+
+
+def resolve(cfg: DictConfig) -> Mapping[str, Any]:
+    """Fill in the sizes left at -1, refuse what cannot run, return the checkpoint's model config.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint cannot be read, or sizes do not fit.
+    """
+    config = read_config(cfg.gpt_model_file)
+    num_ranks = cfg.trainer.devices * cfg.trainer.num_nodes
+    if cfg.pipeline_model_parallel_size in (-1, None):
+        cfg.pipeline_model_parallel_size = 1
+    if cfg.tensor_model_parallel_size in (-1, None):
+        cfg.tensor_model_parallel_size = num_ranks
+    check_parallelism(config, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, num_ranks)
+    if not cfg.server and not cfg.prompts:
+        raise ConfigError("server=False continues `prompts`, and there are none; give prompts='[\"...\"]' or server=True")
+    return config
+
+
+def run(cfg: DictConfig) -> None:
+    """Serve until told to stop, or continue `cfg.prompts` once. Every rank calls this.
+
+    Raises:
+        InputError: the port is taken; found before the model is loaded.
+    """
+    from steerlm_nemo.serving.server import open_listener
+
+    is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    listener = open_listener(cfg.port, cfg.host) if is_first and cfg.server else None
+
+    import torch
+
+    from steerlm_nemo.serving.engine import MegatronEngine
+    from steerlm_nemo.serving.loading import load_for_inference
+
+    precision = cfg.trainer.precision or ("bf16" if torch.cuda.is_available() else "32")
+    precision = str(precision).removesuffix("-mixed")
+    loaded = load_for_inference(cfg.gpt_model_file, cfg.tensor_model_parallel_size, precision)
+    engine = MegatronEngine(loaded, name=Path(cfg.gpt_model_file).stem)
+    if not is_first:
+        engine.follow()
+        return
+    print("\n".join(loaded.capabilities.lines()), flush=True)
+    try:
+        if listener is None:
+            _continue_prompts(cfg, engine)
+        else:
+            from steerlm_nemo.serving.api import build_app
+            from steerlm_nemo.serving.server import serve
+
+            serve(build_app(engine, compat=cfg.compat), listener, engine.info.name)
+    finally:
+        engine.close()
+
+
+def _continue_prompts(cfg: DictConfig, engine: Any) -> None:
+    from omegaconf import OmegaConf
+
+    from steerlm_nemo.serving.api import completion_text
+    from steerlm_nemo.serving.request import GenerateRequest
+
+    body: dict[str, Any] = OmegaConf.to_container(cfg.inference)  # type: ignore[assignment]
+    request = GenerateRequest.from_json({"sentences": list(cfg.prompts), **body})
+    for completion in engine.generate(request.samples(engine.info)):
+        print(completion_text(completion, engine.info))
