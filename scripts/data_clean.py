@@ -65,11 +65,10 @@ def choose_template(args: argparse.Namespace) -> ChatTemplate:
     from steerlm_nemo.data.cleaning import template_from
 
     flags = {marker: getattr(args, marker) for marker in MARKERS if getattr(args, marker) is not None}
-    given = [
-        name for name, is_given in (("--template_from", args.template_from), ("--compat", args.compat)) if is_given
-    ]
-    if len(given) + bool(flags) > 1:
-        raise InputError(f"{' and '.join([*given, *(f'--{flag}' for flag in flags)])} each set the markers; give one")
+    if bool(flags) + bool(args.template_from) + bool(args.compat) > 1:
+        raise InputError(
+            "the markers come from one of: --template_from, --compat, or single flags such as --turn_start"
+        )
     if args.template_from:
         return template_from(args.template_from)
     if args.compat:

@@ -117,9 +117,9 @@ def atomic_output(path: str | Path) -> Iterator[IO[str]]:
         InputError: nothing can be written at this path.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     if path.is_dir():
         raise InputError(f"{path} is a directory; name a file to write")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         output = partial.open("w", encoding="utf-8", newline="\n")
