@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from steerlm_nemo.checkpoint.safety import (
+    CONFIG_NAME,
     Slice,
     check_config,
     check_directory,
@@ -39,7 +40,6 @@ from steerlm_nemo.checkpoint.safety import (
 from steerlm_nemo.checkpoint.torch_dist import INDEX, check_chunks, parse_index
 from steerlm_nemo.errors import CheckpointError
 
-CONFIG_NAME = "model_config.yaml"
 WEIGHTS_DIR = "model_weights"
 MAX_MEMBERS = 100_000
 # PAX records that tar writes by itself. `path`, `linkpath` and `GNU.sparse.*` would make a member another one than

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from steerlm_nemo.checkpoint.archive import CONFIG_NAME, WEIGHTS_DIR, NemoWriter
+from steerlm_nemo.checkpoint.archive import WEIGHTS_DIR, NemoWriter
 from steerlm_nemo.checkpoint.llama_config import HFConfig, nemo_config, read_hf_config, vocabulary_padding
 from steerlm_nemo.checkpoint.mapping import EXTRA_STATE, EXTRA_STATE_STACKED, OUTPUT, Layout, Rule, rules_for
 from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, TensorPlace, find_tensors
+from steerlm_nemo.checkpoint.safety import CONFIG_NAME
 from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, find_tokenizer
 from steerlm_nemo.checkpoint.torch_dist import DATA_FILE, INDEX, TorchDistWriter, common_and_backend
 from steerlm_nemo.errors import CheckpointError, InputError

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steerlm_nemo.checkpoint.archive import CONFIG_NAME, NemoFile, check_weights, open_nemo
+from steerlm_nemo.checkpoint.archive import NemoFile, check_weights, open_nemo
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY
+from steerlm_nemo.checkpoint.safety import CONFIG_NAME
 from steerlm_nemo.checkpoint.tokenizer_files import sentencepiece_facts, tokenizer_json_size
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import SteerLMError
@@ -24,6 +25,7 @@ _ARCHITECTURE_KEYS = (
     *("share_embeddings_and_output_weights", "make_vocab_size_divisible_by"),
 )  # fmt: skip
 _PARALLEL_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+TRAINING_KEY = "steerlm_provenance"  # in model_config.yaml: base model, data and seed of a training run
 _SMALL_BYTES = 64 * 2**20  # hashed without being asked; weights only with `verify`
 
 
@@ -49,7 +51,8 @@ def inspect_nemo(path: Path, verify: bool) -> dict[str, Any]:
             attempt("weights", lambda: _weights(nemo, verify, damage))
             attempt("tokenizer", lambda: _tokenizer(nemo))
             attempt("steerlm", lambda: _steerlm(nemo))
-            attempt("provenance", lambda: nemo.config.get(SOURCE_KEY))
+            attempt("converted_from", lambda: nemo.config.get(SOURCE_KEY))
+            attempt("trained_from", lambda: nemo.config.get(TRAINING_KEY))
             attempt("members", lambda: _members(nemo, verify))
             attempt("pickles", lambda: _pickles(nemo))
     except SteerLMError as err:
@@ -147,7 +150,9 @@ def render(facts: dict[str, Any]) -> str:
         )
     else:
         lines.append("\nSteerLM format: none (not trained by this project)")
-    if source := facts.get("provenance"):
+    if training := facts.get("trained_from"):
+        section("trained from", training)
+    if source := facts.get("converted_from"):
         converted = source.get("config") or {}
         section(
             "converted from", {key: converted.get(key) for key in ("_name_or_path", "architectures", "torch_dtype")}

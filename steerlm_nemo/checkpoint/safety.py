@@ -23,6 +23,7 @@ import yaml
 
 from steerlm_nemo.errors import CheckpointError
 
+CONFIG_NAME = "model_config.yaml"
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_CONFIG_NODES = 200_000  # a genuine config has a few hundred; a YAML alias bomb has billions
 
@@ -119,6 +120,8 @@ class InertUnpickler(pickle.Unpickler):
                 f"{self._where}: its pickle asks for {full}, which is not needed to rebuild tensors and could run "
                 "code. Refused; get the checkpoint from a source you trust, as safetensors if possible."
             )
+        if full == "_codecs.encode":  # how protocol 2 spells bytes
+            return _latin1
         buffers = self.byte_buffers
 
         class Named(Inert):
@@ -133,6 +136,12 @@ class InertUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         return Inert(pid)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise ValueError(f"bytes spelled in {encoding!r}")
+    return text.encode("latin1")
 
 
 def load_inert(file: IO[bytes], where: str) -> Any:
@@ -304,7 +313,7 @@ def is_pickle_file(name: str) -> bool:
 
 
 def check_directory(directory: Path) -> None:
-    """Check every pickle of an extracted `.nemo` or of a training checkpoint directory, and refuse links in it.
+    """Check config and every pickle of an extracted `.nemo` or of a training checkpoint; refuse links in it.
 
     Raises:
         CheckpointError: naming the first file that is refused.
@@ -322,7 +331,9 @@ def check_directory(directory: Path) -> None:
                 raise CheckpointError(f"{path}: neither a file nor a directory. Refused.")
         for name in sorted(files):
             path = Path(root, name)
-            if is_pickle_file(name):
+            if name == CONFIG_NAME:
+                parse_config(path.read_bytes(), str(path))
+            elif is_pickle_file(name):
                 with path.open("rb") as file:
                     load_torch_file(file, str(path))
             elif name == ".metadata":

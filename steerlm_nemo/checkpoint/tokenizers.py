@@ -19,8 +19,9 @@ def load_tokenizer(nemo: NemoFile) -> SentencePieceTokenizer | HuggingFaceTokeni
         packed = nemo.resolve(config.get("model"))
         return SentencePieceTokenizer(nemo.dir / packed if packed else str(config.get("model")))
     if config.get("library") == "huggingface":
+        # The folder, not the file: tokenizer_config.json beside it says which tokens begin and end a text.
         packed = nemo.resolve(config.get("type"))
-        return HuggingFaceTokenizer(nemo.dir / packed if packed else str(config.get("type")))
+        return HuggingFaceTokenizer(nemo.dir if packed else str(config.get("type")))
     raise CheckpointError(f"{nemo.path}: model_config.yaml names no tokenizer (tokenizer.library: {config!r})")
 
 

@@ -236,7 +236,11 @@ class TorchDistWriter:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
 
         start = self._stream.num_bytes
-        torch.save(value, self._stream)  # type: ignore[arg-type]
+        try:
+            torch.save(value, self._stream)  # type: ignore[arg-type]
+        except RuntimeError as err:
+            # torch reports a full disk as a failure of its own, without the reason
+            raise self._stream.error or err from err
         self._places[index] = _StorageInfo(DATA_FILE, start, self._stream.num_bytes - start)
 
     def index(self) -> bytes:
@@ -255,9 +259,14 @@ class _Counting:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self.num_bytes = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        self._stream.write(data)
+        try:
+            self._stream.write(data)
+        except OSError as err:
+            self.error = err
+            raise
         self.num_bytes += len(data)
         return len(data)
 

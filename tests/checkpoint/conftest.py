@@ -1,0 +1,60 @@
+"""Tiny Llamas made by transformers, and their `.nemo`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llamas import MakeLlama, convert_quietly
+
+from steerlm_nemo.tokenizer import SentencePieceTokenizer
+
+
+@pytest.fixture(scope="session")
+def make_llama(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
+    """A function that saves a random Llama with grouped-query attention; keywords go to `LlamaConfig`."""
+
+    def make(*, dtype: str = "float32", max_shard_size: str = "5GB", **overrides: Any) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings: dict[str, Any] = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": SentencePieceTokenizer(small_model).vocab_size + 3,  # rows that no token has, as in the wild
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": False,
+        }
+        torch.manual_seed(len(overrides))
+        model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+        for parameter in model.parameters():  # larger than at initialisation, so that mistakes show in the logits
+            parameter.data.normal_(std=0.15)
+        folder = tmp_path_factory.mktemp("llama")
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+        shutil.copy(small_model, folder / "tokenizer.model")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(make_llama: MakeLlama) -> Path:
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def llama_nemo(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert_quietly(llama, tmp_path_factory.mktemp("nemo") / "llama.nemo")
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path) -> Path:
+    """A genuine trained Llama: grouped-query attention, tied embeddings, with logits from another implementation."""
+    return shared_data / "tiny-llama-checkpoint"
