@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tarfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,9 +16,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from steerlm_nemo.checkpoint.archive import read_config
 from steerlm_nemo.conversation import Conversation
 from steerlm_nemo.errors import ConfigError, IncompleteError, InputError, RecordError
-from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, read_lines
+from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, read_lines, require_file
 from steerlm_nemo.template import ChatTemplate, Rendered, SteerLMFormat, Tokenizer
 
 # Why a readable record is left out. The first two are exceptions in the reference, the third is its `removed`.
@@ -36,19 +38,21 @@ def template_from(path: str | Path) -> ChatTemplate:
             `[model.]data.chat_prompt_tokens`.
 
     Raises:
-        InputError: no such file, or neither an archive with a model_config.yaml nor YAML.
+        InputError: no such file, or not YAML.
+        CheckpointError: not a `.nemo`, or an unsafe one.
         ConfigError, FormatMismatchError: the configuration names no markers, or unusable ones.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        config = yaml.safe_load(_config_bytes(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{path}: its configuration is not plain YAML: {err}") from err
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: a configuration with keys is needed, found {type(config).__name__}")
-    if SteerLMFormat.CONFIG_KEY in config:
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            config = yaml.safe_load(require_file(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as err:
+            raise InputError(f"{path}: not plain YAML: {err}") from err
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: a configuration with keys is needed, found {type(config).__name__}")
+    else:
+        config = read_config(path)
+    if config.get(SteerLMFormat.CONFIG_KEY):
         return SteerLMFormat.from_dict(config[SteerLMFormat.CONFIG_KEY]).template
     model = config.get("model", config)
     data = model.get("data") if isinstance(model, dict) else None
@@ -56,22 +60,6 @@ def template_from(path: str | Path) -> ChatTemplate:
     if not isinstance(tokens, dict):
         raise ConfigError(f"{path}: names no markers (data.chat_prompt_tokens); give them as flags: --turn_start ...")
     return ChatTemplate.from_config(tokens, warn=_warn)
-
-
-def _config_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        path = path / "model_config.yaml"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a .nemo file, a folder with model_config.yaml or a YAML is needed")
-    if not tarfile.is_tarfile(path):
-        return path.read_bytes()
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and Path(member.name).name == "model_config.yaml":
-                file = archive.extractfile(member)
-                assert file is not None  # a regular file has content
-                return file.read()
-    raise InputError(f"{path}: an archive without model_config.yaml, so not a .nemo")
 
 
 def _warn(message: str) -> None:

@@ -17,7 +17,7 @@ from steerlm_nemo.data.cleaning import (
     clean_file,
     template_from,
 )
-from steerlm_nemo.errors import ConfigError, IncompleteError, InputError, RecordError
+from steerlm_nemo.errors import CheckpointError, ConfigError, IncompleteError, InputError, RecordError
 from steerlm_nemo.records import Accounting, dump_record
 from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate, SteerLMFormat
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
@@ -241,6 +241,10 @@ def test_markers_are_read_from_a_checkpoint_or_a_configuration(tmp_path, config,
     assert template_from(path) == TEXT_MARKERS
 
 
+def test_our_training_config_has_the_default_markers():
+    assert template_from(SCRIPT.parents[1] / "nemo_configs" / "gpt_sft.yaml") == ChatTemplate()
+
+
 def test_a_source_without_markers_is_refused(tmp_path):
     config = tmp_path / "config.yaml"
     for text, error in (
@@ -253,10 +257,12 @@ def test_a_source_without_markers_is_refused(tmp_path):
         with pytest.raises(error):
             template_from(config)
     with pytest.raises(InputError, match="no such file"):
+        template_from(tmp_path / "none.yaml")
+    with pytest.raises(CheckpointError, match=r"none\.nemo"):
         template_from(tmp_path / "none.nemo")
     with tarfile.open(tmp_path / "empty.nemo", "w"):
         pass
-    with pytest.raises(InputError, match="without model_config"):
+    with pytest.raises(CheckpointError, match=r"empty\.nemo"):
         template_from(tmp_path / "empty.nemo")
 
 
@@ -307,7 +313,7 @@ def test_markers_as_flags_decide_what_fits(arguments, tmp_path):
         ({"output_file": "."}, "is a directory"),
         ({"report": "."}, "is a directory"),
         ({"seq_len": 0}, "--seq_len is 0"),
-        ({"template_from": "none.nemo"}, "none.nemo: no such file"),
+        ({"template_from": "none.nemo"}, "none.nemo: cannot be opened"),
         ({"turn_start": "a", "compat": "nemo1.23"}, "one of: --template_from, --compat"),
     ],
 )
