@@ -1,0 +1,95 @@
+import live
+import pytest
+import tiny_world
+import torch
+
+from steerlm_nemo.annotation.lines import LineReader, legal_prefix
+from steerlm_nemo.attributes import Attribute, AttributeSchema
+from steerlm_nemo.serving.client import ServerClient
+from steerlm_nemo.template import SteerLMFormat
+
+
+@pytest.mark.parametrize(
+    ("completion", "items"),
+    [
+        ("quality:4,humor:0,lang:en\n\x11", "quality:4,humor:0,lang:en"),
+        ("quality:4,humor:0,lang:en\n", "quality:4,humor:0,lang:en"),
+        ("quality:4,humor:0,lang:en", "quality:4,humor:0"),  # not closed: en could be the beginning of english
+        ("quality:4,humor:0,lang:xx\n", "quality:4,humor:0"),
+        ("quality:4,humor:3,lang:en\n", "quality:4"),  # humor ends at 2
+        ("quality:4,lang:en,humor:0\n", "quality:4"),
+        ("quality:44,humor:0,lang:en\n", ""),
+        ("humor:0,lang:en\n", ""),
+        ("quality: 4,humor:0,lang:en\n", ""),
+        ("", ""),
+        ("quality:4\n", ""),
+    ],
+)
+def test_only_what_asking_slot_by_slot_would_have_found_is_taken_from_a_line(completion, items):
+    found = legal_prefix(completion, tiny_world.SCHEMA, "\n")
+    assert ",".join(f"{key}:{value}" for key, value in found) == items
+
+
+def prompts(count, seed=5):
+    made = tiny_world.conversations(count, "TEXT_TO_VALUE", seed)
+    return [tiny_world.TEMPLATE.annotation_prompt(c, len(c.turns) - 1) for c in made], made
+
+
+@pytest.fixture
+def client(value_port):
+    return ServerClient("127.0.0.1", value_port, retries=0)
+
+
+def test_one_request_for_the_line_gives_the_slot_by_slot_values(client, value_engine):
+    texts, made = prompts(20)
+    served = value_engine.info.format
+    whole = LineReader(client, served, "line").read(texts)
+    num_line_requests = client.num_requests
+    slots = LineReader(client, served, "slots").read(texts)
+    assert [line for line, _ in whole] == [line for line, _ in slots]
+    assert [line for line, _ in whole] == [c.turns[-1].attributes for c in made]  # the model has learned its world
+    assert num_line_requests == 1 and client.num_requests - num_line_requests == len(served.schema.keys())
+    assert all(counts["by_line"] == 1 for _, counts in whole)
+    assert all(counts == {"by_slots": 1, "slots": 3, "chosen": 0} for _, counts in slots)
+
+
+def likeliest(engine, prompt, key, legal, after):
+    """Straight from the model: the probability of each legal text after the prompt."""
+    tokenizer, template = engine.info.tokenizer, engine.info.format.template
+    scores = []
+    for value in legal:
+        before = template.encode_prompt(prompt, tokenizer)
+        ids = template.encode_prompt(prompt + value + after, tokenizer)
+        with torch.no_grad():
+            log_probs = engine.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert ids[: len(before)] == before
+        scores.append(sum(float(log_probs[i - 1, ids[i]]) for i in range(len(before), len(ids))))
+    return legal[scores.index(max(scores))]
+
+
+@pytest.mark.parametrize("mode", ["line", "slots"])
+def test_an_illegal_first_choice_is_replaced_by_the_likeliest_legal_value(mode):
+    engine = live.engine(None)  # random weights: hardly a legal token comes first
+    served = engine.info.format
+    texts, _ = prompts(4)
+    with live.run_engine(engine) as port:
+        found = LineReader(ServerClient("127.0.0.1", port, retries=0), served, mode).read(texts)
+    for text, (line, counts) in zip(texts, found, strict=True):
+        assert counts["chosen"] > 0
+        expected = []
+        for key in ("quality", "humor", "lang"):
+            after = "\n" if key == "lang" else ","
+            prompt = text + ",".join([*expected, f"{key}:"])
+            expected.append(f"{key}:{likeliest(engine, prompt, key, served.schema.legal_values(key), after)}")
+        # A first choice that is legal is also the likeliest legal one up to its separator.
+        assert line.line == ",".join(expected)
+
+
+def test_values_that_begin_one_another_are_never_read_by_their_first_token(client, value_engine):
+    """With a range up to 10, the token 1 may be the beginning of 10."""
+    wide = AttributeSchema("wide", (Attribute("quality", 0, 10), Attribute("humor", 0, 2)), ("en", "de"))
+    served = SteerLMFormat(tiny_world.TEMPLATE, wide, "TEXT_TO_VALUE")
+    texts, made = prompts(3)
+    for (line, counts), c in zip(LineReader(client, served, "slots").read(texts), made, strict=True):
+        assert line == c.turns[-1].attributes
+        assert counts["chosen"] == 1
