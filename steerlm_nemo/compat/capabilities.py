@@ -48,7 +48,9 @@ def detect() -> Capabilities:
     has_apex = importlib.util.find_spec("amp_C") is not None
     return Capabilities(
         device="cuda" if cuda else "cpu",
-        device_name=torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        device_name=torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
         backend="nccl" if cuda else "gloo",
         layer_spec="Transformer Engine" if cuda and has_te else "Megatron Core local with torch attention",
         optimizer="Apex distributed Adam" if cuda and has_apex else "torch AdamW",

@@ -62,7 +62,7 @@ def _factories() -> Iterator[Adaptation]:
 
 
 def _autocast_on_cpu(original: type[torch.autocast]) -> type[torch.autocast]:
-    class autocast(original):  # type: ignore[misc, valid-type]  # noqa: N801
+    class autocast(original):  # type: ignore[misc, valid-type]
         def __init__(self, device_type: str = "cuda", *args: Any, **kwargs: Any) -> None:
             super().__init__(_cpu_device(device_type), *args, **kwargs)
 
@@ -121,6 +121,21 @@ def _cuda_calls() -> Iterator[Adaptation]:
         "lightning.fabric.utilities.device_dtype_mixin:_DeviceDtypeModuleMixin.cuda",
     ):
         yield Adaptation(symbol, _NO_CUDA, _UNTIL_DEVICE, lambda original: lambda module, *a, **k: module)
+    yield adapt("nn.Parameter.type", _cuda_type_name)
+    for function in ("LinearWithGradAccumulationAndAsyncCommunication", "LinearWithFrozenWeight"):
+        for method, wrap in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd)):
+            yield Adaptation(
+                f"megatron.core.tensor_parallel.layers:{function}.{method}",
+                "its autocast decorators watch the CUDA autocast state: the backward pass mixes dtypes on a CPU",
+                _UNTIL_DEVICE,
+                functools.partial(_autocast_aware, wrap),
+            )
+    yield Adaptation(
+        "nemo.collections.nlp.modules.common.megatron.megatron_init:_set_random_seed",
+        "seeds Megatron's generators only where a CUDA device is counted; dropout and sequence parallelism need them",
+        _UNTIL_DEVICE,
+        _seed_megatron_too,
+    )
     rng = "megatron.core.tensor_parallel.random"
     yield Adaptation(
         f"{rng}:_get_cuda_rng_state",
@@ -134,6 +149,30 @@ def _cuda_calls() -> Iterator[Adaptation]:
         _UNTIL_DEVICE,
         lambda original: lambda state, *a, **k: torch.set_rng_state(state),
     )
+
+
+def _seed_megatron_too(original: Callable[[int], None]) -> Callable[[int], None]:
+    def set_random_seed(seed: int) -> None:
+        from megatron.core import tensor_parallel
+        from nemo.collections.nlp.modules.common.megatron.megatron_init import get_pipeline_model_parallel_rank
+
+        original(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * get_pipeline_model_parallel_rank())
+
+    return set_random_seed
+
+
+def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    def type_name(parameter: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # NeMo's fp32 master weights sort parameters by the names of CUDA tensor types.
+        result = original(parameter, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return type_name
+
+
+def _autocast_aware(wrap: Callable[..., Any], original: Any) -> staticmethod[..., Any]:
+    return staticmethod(wrap(original.__wrapped__, device_type="cpu"))
 
 
 def _typed_tensor(dtype: torch.dtype, original: Any) -> Any:
@@ -201,11 +240,14 @@ def _apex_gates() -> Iterator[Adaptation]:
         yield adapt(f"{utils}:{name}", nn.LayerNorm)
     yield adapt(f"{utils}:MixedFusedRMSNorm", nn.RMSNorm)
 
-    class amp_C:  # noqa: N801  (the name of Apex's extension)
+    class amp_C:
         multi_tensor_scale = staticmethod(local_multi_tensor_scale)
         multi_tensor_l2norm = staticmethod(local_multi_tensor_l2_norm)
 
-    for module in ("nemo.collections.nlp.modules.common.megatron.clip_grads", "nemo.core.optim.optimizer_with_main_params"):
+    for module in (
+        "nemo.collections.nlp.modules.common.megatron.clip_grads",
+        "nemo.core.optim.optimizer_with_main_params",
+    ):
         yield adapt(f"{module}:HAVE_APEX", True, may_be_missing=False)
         yield adapt(f"{module}:multi_tensor_applier", local_multi_tensor_applier)
         yield adapt(f"{module}:amp_C", amp_C)
@@ -215,7 +257,7 @@ def _apex_gates() -> Iterator[Adaptation]:
 
 
 def _layers() -> Iterator[Adaptation]:
-    from steerlm_nemo.compat.layers import cpu_layer_spec
+    from steerlm_nemo.compat.layers import TorchNorm, cpu_layer_spec
 
     model = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
     yield Adaptation(
@@ -223,6 +265,12 @@ def _layers() -> Iterator[Adaptation]:
         "imports the Gemma 2 spec, which needs Transformer Engine; and no spec with Transformer Engine can run here",
         "get_specs imports each spec only when asked for it",
         lambda original: lambda *args, **kwargs: cpu_layer_spec(),
+    )
+    yield Adaptation(
+        "megatron.core.transformer.transformer_block:LayerNormImpl",
+        "mcore's torch norm, used after the last layer, refuses sequence parallelism",
+        "megatron-core's WrappedTorchNorm marks its weight as sequence parallel",
+        lambda original: TorchNorm,
     )
 
 

@@ -28,7 +28,9 @@ def resolve(cfg: DictConfig) -> Mapping[str, Any]:
         cfg.tensor_model_parallel_size = num_ranks
     check_parallelism(config, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, num_ranks)
     if not cfg.server and not cfg.prompts:
-        raise ConfigError("server=False continues `prompts`, and there are none; give prompts='[\"...\"]' or server=True")
+        raise ConfigError(
+            "server=False continues `prompts`, and there are none; give prompts='[\"...\"]' or server=True"
+        )
     return config
 
 

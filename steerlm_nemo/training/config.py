@@ -18,6 +18,7 @@ from steerlm_nemo.conversation import RECORD_TYPES
 from steerlm_nemo.errors import ConfigError, SteerLMError
 from steerlm_nemo.template import ChatTemplate
 
+
 def read_template(cfg: DictConfig) -> ChatTemplate:
     """The chat template of `model.data.chat_prompt_tokens`."""
     return ChatTemplate.from_config(OmegaConf.to_container(cfg.model.data.chat_prompt_tokens))  # type: ignore[arg-type]
@@ -96,7 +97,11 @@ def _problems(cfg: DictConfig, base: Any) -> Iterator[str]:
         yield f"model.data.record_type is {model.data.record_type!r}; it must be {' or '.join(RECORD_TYPES)} or null"
     if model.peft.peft_scheme not in (None, "none"):
         yield f"model.peft.peft_scheme {model.peft.peft_scheme!r} is not supported; full fine-tuning is 'none'"
-    if isinstance(sft.val_check_interval, int) and sft.val_check_interval > 0 and sft.save_interval % sft.val_check_interval:
+    if (
+        isinstance(sft.val_check_interval, int)
+        and sft.val_check_interval > 0
+        and sft.save_interval % sft.val_check_interval
+    ):
         yield f"trainer.sft.save_interval {sft.save_interval} must be a multiple of val_check_interval {sft.val_check_interval}"
     for placeholder in ("{step}", "{consumed_samples}"):
         if placeholder not in cfg.exp_manager.checkpoint_callback_params.filename:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -45,15 +46,31 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
         # Threads of several ranks on the same cores only wait for each other.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks))),
     }
-    ranks = []
+    ranks, logs = [], []
     for rank in range(num_ranks):
-        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if rank:
-            env["TQDM_DISABLE"] = "1"
+        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        # Rank 0 speaks for all; what the others said is shown if one of them fails by itself.
+        log = None if rank == 0 else tempfile.TemporaryFile()
+        logs.append(log)
         ranks.append(
-            subprocess.Popen([sys.executable, *argv], env=env, start_new_session=True, preexec_fn=_die_with_parent)
+            subprocess.Popen(
+                [sys.executable, *argv],
+                env=env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
         )
-    return _wait(ranks)
+    codes = _wait(ranks)
+    for rank, (code, log) in enumerate(zip(codes, logs, strict=True)):
+        if log is not None and code > 0 and codes[0] <= 0:
+            log.seek(0)
+            text = log.read().decode(errors="replace")
+            print(f"rank {rank} ended with exit code {code}; its last words:\n{text[-4000:]}", file=sys.stderr)
+    # The rank that failed by itself explains more than those that were stopped for it.
+    failed = [code for code in codes if code > 0] or [128 - code for code in codes if code < 0]
+    return failed[0] if failed else 0
 
 
 def _die_with_parent() -> None:
@@ -63,7 +80,8 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes of all ranks, negative for one that a signal ended."""
     signalled = False
 
     def forward(signum: int, frame: object) -> None:
@@ -92,7 +110,4 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         for rank in ranks:
             if rank.poll() is None:
                 rank.kill()
-    codes = [rank.wait() for rank in ranks]
-    # The rank that failed by itself explains more than those that were killed for it.
-    failed = [code for code in codes if code > 0] or [128 - code for code in codes if code < 0]
-    return failed[0] if failed else 0
+    return [rank.wait() for rank in ranks]
