@@ -21,6 +21,7 @@ import shutil
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,6 +77,11 @@ class NemoFile:
             raise CheckpointError(f"{self.path}: has no member {name}. Members: {', '.join(sorted(self.members)[:8])}")
         return self._open(name)
 
+    def read(self, name: str) -> bytes:
+        """A whole member. Raises CheckpointError if there is none of this name."""
+        with self.open(name) as member:
+            return member.read()
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """`model_config.yaml`, checked."""
@@ -119,14 +125,20 @@ def open_nemo(path: str | Path) -> Iterator[NemoFile]:
             yield _open_folder(path)
             return
         try:
-            file = stack.enter_context(path.open("rb"))
+            # One handle for check and use: nobody can swap the file in between. Unbuffered, because each member that
+            # is opened has a buffer of its own.
+            file = stack.enter_context(path.open("rb", buffering=0))
         except OSError as err:
             raise CheckpointError(
                 f"{path}: cannot be opened: {err.strerror}. Expected a .nemo file or folder."
             ) from err
-        if file.read(2) == b"\x1f\x8b":
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if is_gzip:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemo-")))
-            _extract_members(path, _list_gzip(path), folder)
+            limit = os.fstat(file.fileno()).st_size * _GZIP_MAX_RATIO + _GZIP_ALLOWANCE
+            unpacked = stack.enter_context(gzip.GzipFile(fileobj=file, mode="rb"))
+            _extract_members(path, unpacked, _list_tar(path, unpacked, limit, compressed=True), folder)  # type: ignore[arg-type]
             opened = _open_folder(folder)
             yield NemoFile(path, opened.members, opened._open, opened._extract)
             return
@@ -134,13 +146,11 @@ def open_nemo(path: str | Path) -> Iterator[NemoFile]:
         members = {_name_of(info): info for info in infos if info.isreg()}
 
         def open_member(name: str) -> IO[bytes]:
-            own = path.open("rb")
-            stack.callback(own.close)
-            return io.BufferedReader(Slice(own, members[name].offset_data, members[name].size), _COPY_BYTES)
+            return io.BufferedReader(Slice(file, members[name].offset_data, members[name].size), _COPY_BYTES)
 
         def extract() -> Path:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemo-")))
-            _extract_members(path, infos, folder)
+            _extract_members(path, file, infos, folder)
             check_directory(folder)
             return folder
 
@@ -161,7 +171,8 @@ def extract_nemo(path: str | Path, into: str | Path) -> Path:
     try:
         with open_nemo(path) as nemo:
             for name in nemo.members:
-                _write_new_file(staging / name, nemo.open(name))
+                with nemo.open(name) as member:
+                    _write_new_file(staging / name, member)
         check_directory(staging)
         if into.exists():
             into.rmdir()
@@ -177,10 +188,12 @@ def check_weights(nemo: NemoFile) -> None:
     for name in sorted(nemo.members):
         where = f"{nemo.path}:{name}"
         if is_pickle_file(name):
-            load_torch_file(nemo.open(name), where)
+            with nemo.open(name) as member:
+                load_torch_file(member, where)
         elif posixpath.basename(name) == INDEX:
             folder = posixpath.dirname(name)
-            index = parse_index(nemo.open(name), where)
+            with nemo.open(name) as member:
+                index = parse_index(member, where)
             check_chunks(index, partial(_open_in, nemo, folder), f"{nemo.path}:{folder}")
 
 
@@ -193,7 +206,7 @@ def _read_config(nemo: NemoFile) -> dict[str, Any]:
         raise CheckpointError(
             f"{nemo.path}: has no {CONFIG_NAME}, so it is not a .nemo. Members: {', '.join(sorted(nemo.members)[:8])}"
         )
-    return parse_config(nemo.open(CONFIG_NAME).read(), f"{nemo.path}:{CONFIG_NAME}")
+    return parse_config(nemo.read(CONFIG_NAME), f"{nemo.path}:{CONFIG_NAME}")
 
 
 def _open_folder(folder: Path) -> NemoFile:
@@ -233,18 +246,11 @@ class _HeaderReader(io.RawIOBase):
         return self._file.tell()
 
 
-def _list_gzip(path: Path) -> list[tarfile.TarInfo]:
-    limit = path.stat().st_size * _GZIP_MAX_RATIO + _GZIP_ALLOWANCE
-    with gzip.open(path) as file:
-        return _list_tar(path, file, limit, compressed=True)  # type: ignore[arg-type]
-
-
 def _list_tar(path: Path, file: IO[bytes], limit: int, compressed: bool = False) -> list[tarfile.TarInfo]:
     """Every member, checked. `limit` is the size of the file, or how much a compressed one may hold."""
     infos: list[tarfile.TarInfo] = []
     seen: set[str] = set()
     try:
-        file.seek(0)
         with tarfile.open(fileobj=_HeaderReader(file, path), mode="r:") as tar:  # type: ignore[arg-type]
             # Checked as they come: to go on to the next header of a gzip, tarfile has to unpack this member.
             for info in tar:
@@ -269,7 +275,7 @@ def _list_tar(path: Path, file: IO[bytes], limit: int, compressed: bool = False)
                 infos.append(info)
                 if len(infos) > MAX_MEMBERS:
                     raise CheckpointError(f"{path}: more than {MAX_MEMBERS} members. Refused.")
-    except (tarfile.TarError, EOFError, OSError, ValueError) as err:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as err:
         raise CheckpointError(f"{path}: not a .nemo archive, or damaged ({err}). Expected a tar.") from err
     if not infos:
         raise CheckpointError(f"{path}: an empty archive. Expected {CONFIG_NAME} and weights.")
@@ -297,19 +303,16 @@ def _check_member(path: Path, info: tarfile.TarInfo) -> str:
     return _name_of(info)
 
 
-def _extract_members(path: Path, infos: list[tarfile.TarInfo], folder: Path) -> None:
+def _extract_members(path: Path, file: IO[bytes], infos: list[tarfile.TarInfo], folder: Path) -> None:
     needed, free = sum(info.size for info in infos), shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
             f"{path}: unpacking needs {needed} bytes in {folder.parent}, which has {free}. "
             "Free some space, or set TMPDIR to a folder on a larger disk."
         )
-    with path.open("rb") as raw:
-        source = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-        for info in sorted(infos, key=lambda info: info.offset_data):
-            if info.isreg():
-                member = Slice(source, info.offset_data, info.size)  # type: ignore[arg-type]
-                _write_new_file(folder / _name_of(info), member)
+    for info in infos:
+        if info.isreg():
+            _write_new_file(folder / _name_of(info), Slice(file, info.offset_data, info.size))
 
 
 def _write_new_file(target: Path, source: IO[bytes] | Slice) -> None:
@@ -317,8 +320,8 @@ def _write_new_file(target: Path, source: IO[bytes] | Slice) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as out:
             shutil.copyfileobj(source, out, _COPY_BYTES)
-    except OSError as err:  # a full disk, or a member below another that is a file
-        raise CheckpointError(f"{target}: cannot be unpacked: {err.strerror}") from err
+    except (OSError, EOFError, zlib.error) as err:  # a full disk, a member below one that is a file, a broken gzip
+        raise CheckpointError(f"{target}: cannot be unpacked: {err}") from err
 
 
 class NemoWriter:

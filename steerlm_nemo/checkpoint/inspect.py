@@ -91,7 +91,7 @@ def _tokenizer(nemo: NemoFile) -> dict[str, Any]:
     facts = {"library": section.get("library"), "type": section.get("type"), "member": member}
     if member is None:
         raise SteerLMError(f"{nemo.path}: the tokenizer {section.get('model')!r} of {CONFIG_NAME} is not in it")
-    data, where = nemo.open(member).read(), f"{nemo.path}:{member}"
+    data, where = nemo.read(member), f"{nemo.path}:{member}"
     is_json = section.get("library") == "huggingface"
     size = tokenizer_json_size(where, data) if is_json else sentencepiece_facts(data, where)["size"]
     return {**facts, "size": size}

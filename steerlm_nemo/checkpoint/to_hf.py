@@ -103,8 +103,8 @@ def _tokenizer(nemo: NemoFile) -> tuple[dict[str, bytes], dict[str, Any]]:
             f"{nemo.path}: its tokenizer ({section.get('model') or section.get('type')!r}) is not packed in it, "
             "so the export would have none. Members: " + ", ".join(sorted(nemo.members)[:8])
         )
-    files = {name: nemo.open(name).read() for name in PACKED_NAMES if name in nemo.members}
-    data = nemo.open(member).read()
+    files = {name: nemo.read(name) for name in PACKED_NAMES if name in nemo.members}
+    data = nemo.read(member)
     if section.get("library") == "huggingface":
         files[HUGGINGFACE] = data
         return files, {"size": tokenizer_json_size(f"{nemo.path}:{member}", data), "bos_id": None, "eos_id": None}

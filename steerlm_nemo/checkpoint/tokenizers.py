@@ -28,7 +28,7 @@ def load_tokenizer(nemo: NemoFile) -> SentencePieceTokenizer | HuggingFaceTokeni
 def read_artifacts(nemo: NemoFile) -> dict[str, bytes]:
     """Every member beside config and weights, by name: what a fine-tuned copy must carry on."""
     return {
-        name: nemo.open(name).read()
+        name: nemo.read(name)
         for name in nemo.members
         if name != "model_config.yaml" and "/" not in name and not name.startswith("model_weights")
     }

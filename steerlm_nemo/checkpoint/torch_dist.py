@@ -177,7 +177,7 @@ def read_slab(
                 source = io.BufferedReader(Slice(stream, chunk.start, chunk.num_bytes), 2**20)
                 loaded = torch.load(source, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as err:  # torch raises many types for a damaged file
-            raise CheckpointError(f"{where}/{chunk.file}: damaged: {str(err).splitlines()[0]}") from err
+            raise CheckpointError(f"{where}/{chunk.file}: damaged ({type(err).__name__}: {str(err)[:200]})") from err
         if tuple(loaded.shape) != chunk.shape or loaded.dtype != dtype:
             raise CheckpointError(
                 f"{where}/{chunk.file}: a chunk is {list(loaded.shape)} {loaded.dtype}, "

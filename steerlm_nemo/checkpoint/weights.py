@@ -34,7 +34,8 @@ class DistributedWeights:
             else:
                 found = "no weights"
             raise CheckpointError(f"{nemo.path}: expected {index_name}, but it holds {found}")
-        self.index: Index = parse_index(nemo.open(index_name), f"{nemo.path}:{index_name}")
+        with nemo.open(index_name) as member:
+            self.index: Index = parse_index(member, f"{nemo.path}:{index_name}")
 
     def open_file(self, name: str) -> IO[bytes]:
         return self._nemo.open(f"{WEIGHTS_DIR}/{name}")

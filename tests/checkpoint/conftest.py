@@ -35,7 +35,10 @@ def make_llama(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> M
         torch.manual_seed(len(overrides))
         model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
         for parameter in model.parameters():  # larger than at initialisation, so that mistakes show in the logits
-            parameter.data.normal_(std=0.15)
+            if parameter.ndim == 1:
+                parameter.data.uniform_(0.5, 1.5)
+            else:
+                parameter.data.normal_(std=0.15)
         folder = tmp_path_factory.mktemp("llama")
         model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
         shutil.copy(small_model, folder / "tokenizer.model")

@@ -257,6 +257,15 @@ def test_what_is_no_archive_gives_one_message(tmp_path: Path, content: bytes, me
         read_config(path)
 
 
+def test_a_gzip_that_is_cut_off_gives_one_message(llama_nemo: Path, tmp_path: Path) -> None:
+    whole = gzip.compress(llama_nemo.read_bytes())
+    path = tmp_path / "model.nemo"
+    for length in (100, 2000, len(whole) // 2, len(whole) * 9 // 10):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            read_config(path)
+
+
 def stock_folder(llama_nemo: Path, into: Path) -> Path:
     """The content of an archive with the names that NeMo gives, and both tokenizers of NeMo 1.21."""
     extract_nemo(llama_nemo, into)

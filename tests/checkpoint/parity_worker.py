@@ -1,0 +1,47 @@
+"""One tensor-parallel rank: loads `.nemo` files with NeMo's MegatronGPTModel and stores their logits.
+
+    parity_worker.py TASKS.json
+
+TASKS holds a list of {nemo, token_ids: a safetensors file, logits: where to store them, save: folder or null}.
+With `save`, NeMo's own checkpoint writer stores the loaded weights there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from steerlm_nemo.serving.loading import load_for_inference
+
+
+def main() -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tp_size = int(os.environ["WORLD_SIZE"])
+    for task in json.loads(Path(sys.argv[1]).read_text()):
+        model = load_for_inference(task["nemo"], tp_size, "32").nemo_model
+        from megatron.core import parallel_state
+
+        logits = {}
+        for name, token_ids in load_file(task["token_ids"]).items():
+            length = token_ids.numel()
+            future = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+            with torch.no_grad():
+                shard = model.model(token_ids.reshape(1, -1), torch.arange(length).reshape(1, -1), future).contiguous()
+            shards = [torch.empty_like(shard) for _ in range(tp_size)]
+            torch.distributed.all_gather(shards, shard, group=parallel_state.get_tensor_model_parallel_group())
+            logits[name] = torch.cat(shards, dim=-1)[0].contiguous()
+        if os.environ["RANK"] == "0":
+            save_file(logits, task["logits"])
+        if task["save"]:
+            from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
+
+            writer = DistributedCheckpointIO.from_config(model.cfg, async_save=False)
+            writer.save_checkpoint(model.sharded_state_dict(), task["save"])
+
+
+if __name__ == "__main__":
+    main()

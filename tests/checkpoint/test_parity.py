@@ -1,0 +1,160 @@
+"""The same weights in NeMo and in Hugging Face give the same logits, at TP 1 and 2; and files NeMo writes export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llamas import LLAMA3_ROPE, MakeLlama, convert_quietly, export_quietly
+from safetensors.torch import load_file, save_file
+
+from steerlm_nemo.checkpoint import mapping
+from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, write_nemo
+from steerlm_nemo.checkpoint.weights import DistributedWeights
+from steerlm_nemo.training.launch import launch_ranks
+
+pytest.importorskip("nemo", reason="needs the training stack: nemo_toolkit, megatron-core, nemo-aligner")
+
+WORKER = Path(__file__).with_name("parity_worker.py")
+TOLERANCE = 1e-4
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
+CASES: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "one group per two": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "linear rope": {"rope_scaling": LINEAR_ROPE, "rope_theta": 5e5},
+    "llama3 rope": {"rope_scaling": LLAMA3_ROPE},
+    "wide heads": {"head_dim": 32},
+}
+TOKEN_IDS = torch.randint(0, 300, (160,), generator=torch.Generator().manual_seed(0))
+
+
+def heads_in_a_row(parts: tuple[torch.Tensor, ...], layout: mapping.Layout) -> torch.Tensor:
+    """The wrong order that converters are prone to: all queries, then all keys, then all values."""
+    return torch.cat(parts)
+
+
+def hf_logits(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(TOKEN_IDS.reshape(1, -1)).logits[0]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def ran(
+    request: pytest.FixtureRequest, make_llama: MakeLlama, shared_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Path]]:
+    """All cases through NeMo at one TP size, in one start of the ranks. Returns the folder and the HF folders."""
+    folder = tmp_path_factory.mktemp(f"tp{request.param}")
+    save_file({"text": TOKEN_IDS}, folder / "text.safetensors")
+    stories = shared_data / "tiny-llama-checkpoint"
+    expected = load_file(stories / "expected_logits.safetensors")
+    save_file({key: ids for key, ids in expected.items() if key.endswith("input_ids")}, folder / "stories.safetensors")
+
+    sources = {name: make_llama(**settings) for name, settings in CASES.items()}
+    nemo_files = {name: convert_quietly(source, folder / f"{name}.nemo") for name, source in sources.items()}
+    nemo_files["stories"] = convert_quietly(stories, folder / "stories.nemo")
+    with pytest.MonkeyPatch.context() as patch:
+        wrong = tuple(
+            dataclasses.replace(rule, pack=heads_in_a_row) if rule.pack is mapping.interleave_qkv else rule
+            for rule in mapping.RULES
+        )
+        patch.setattr(mapping, "RULES", wrong)
+        nemo_files["wrong order"] = convert_quietly(sources["gqa"], folder / "wrong order.nemo")
+    tasks = [
+        {
+            "nemo": str(path),
+            "token_ids": str(folder / ("stories.safetensors" if name == "stories" else "text.safetensors")),
+            "logits": str(folder / f"{name}.logits"),
+            "save": str(folder / f"{name}.saved") if name in ("gqa", "tied", "stories") else None,
+        }
+        for name, path in nemo_files.items()
+    ]
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    assert launch_ranks([str(WORKER), str(folder / "tasks.json")], request.param) == 0
+    return folder, sources
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_nemo_and_transformers_agree(ran: tuple[Path, dict[str, Path]], name: str) -> None:
+    folder, sources = ran
+    ours = load_file(folder / f"{name}.logits")["text"]
+    theirs = hf_logits(sources[name])
+    difference = (ours[:, : theirs.shape[1]] - theirs).abs().max().item()
+    assert difference <= TOLERANCE, difference
+    assert theirs.abs().max() > 1  # logits that small differences would drown in
+
+
+@pytest.mark.slow
+def test_nemo_agrees_with_an_implementation_that_is_neither_torch_nor_nemo(
+    ran: tuple[Path, dict[str, Path]], stories: Path
+) -> None:
+    folder, _ = ran
+    ours, expected = load_file(folder / "stories.logits"), load_file(stories / "expected_logits.safetensors")
+    for name, logits in ours.items():
+        assert (logits - expected[name.replace("input_ids", "logits")]).abs().max().item() <= TOLERANCE, name
+
+
+@pytest.mark.slow
+def test_a_wrong_order_of_heads_does_not_pass(ran: tuple[Path, dict[str, Path]]) -> None:
+    folder, sources = ran
+    ours, theirs = load_file(folder / "wrong order.logits")["text"], hf_logits(sources["gqa"])
+    assert (ours[:, : theirs.shape[1]] - theirs).abs().max().item() > 100 * TOLERANCE
+
+
+def test_ignoring_rope_scaling_does_not_pass(make_llama: MakeLlama, tmp_path: Path) -> None:
+    """The control of the rope cases: without its scaling each gives other logits."""
+    for scaling in (LINEAR_ROPE, LLAMA3_ROPE):
+        source = make_llama(rope_scaling=scaling)
+        scaled = hf_logits(source)
+        config = json.loads((source / "config.json").read_text())
+        plain = shutil.copytree(source, tmp_path / scaling["rope_type"])
+        (plain / "config.json").write_text(json.dumps({**config, "rope_scaling": None}))
+        assert (hf_logits(plain) - scaled).abs().max().item() > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gqa", "tied", "stories"])
+def test_weights_that_nemo_saved_export_bit_for_bit(
+    ran: tuple[Path, dict[str, Path]], stories: Path, tmp_path: Path, name: str
+) -> None:
+    folder, sources = ran
+    staged = extract_nemo(folder / f"{name}.nemo", tmp_path / "staged")
+    shutil.rmtree(staged / "model_weights")
+    shutil.copytree(folder / f"{name}.saved", staged / "model_weights")
+    write_nemo(staged, tmp_path / "saved.nemo")
+    back = export_quietly(tmp_path / "saved.nemo", tmp_path / "back")
+    before = load_file(sources.get(name, stories) / "model.safetensors")
+    after = load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.slow
+def test_nemo_stores_the_keys_shapes_and_splits_of_the_table(ran: tuple[Path, dict[str, Path]]) -> None:
+    from steerlm_nemo.checkpoint.torch_dist import INDEX, parse_index
+
+    folder, _ = ran
+    with (folder / "gqa.saved" / INDEX).open("rb") as file:
+        stock = parse_index(file, "stock").tensors
+    with open_nemo(folder / "gqa.nemo") as nemo:
+        ours = DistributedWeights(nemo).index.tensors
+    assert {key: (t.dtype, t.shape) for key, t in stock.items()} == {key: (t.dtype, t.shape) for key, t in ours.items()}
+    tp_size = int(folder.name[2])
+    for rule in mapping.RULES:
+        chunk, shape = stock[rule.mcore].chunks[0].shape, stock[rule.mcore].shape
+        split_axes = [axis for axis, size in enumerate(chunk) if size < shape[axis]]
+        leading = 1 if rule.is_stacked else 0
+        expected = [0] * leading  # one chunk per layer
+        if rule.tp_axis is not None and (tp_size > 1 or rule.pack is mapping.stack_rows):
+            expected.append(rule.tp_axis + leading)  # gate and up are chunks of their own at any TP
+        assert split_axes == expected, rule.mcore
