@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import httpx
 
@@ -18,6 +19,8 @@ from steerlm_nemo.template import SteerLMFormat
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+
+_T = TypeVar("_T")
 
 
 class RequestRefusedError(ServerError):
@@ -65,7 +68,9 @@ class ServerClient:
             ServerError: no answer after all retries.
         """
         body = {"sentences": list(sentences), **settings}
-        return self._with_retries(lambda: Generation(sentences, self._json("PUT", "/generate", body), self.where))
+        return self._with_retries(
+            lambda: Generation(sentences, self._json("PUT", "/generate", body), self.where), self._retries
+        )
 
     def is_ready(self) -> bool:
         """Does GET /health answer now? One try."""
@@ -80,7 +85,8 @@ class ServerClient:
         Raises:
             ServerError: the server cannot be reached.
         """
-        response = self._with_retries(lambda: self._send("GET", "/v1/attributes"))
+        # The first question of every run: a wrong port should show in seconds, not after all the patience of a run.
+        response = self._with_retries(lambda: self._send("GET", "/v1/attributes"), min(self._retries, 2))
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
         try:
@@ -103,21 +109,23 @@ class ServerClient:
             )
         return served
 
-    def _with_retries(self, send: Any) -> Any:
-        for attempt in range(self._retries + 1):
+    def _with_retries(self, send: Callable[[], _T], retries: int) -> _T:
+        attempt = 0
+        while True:
             try:
                 return send()
             except RequestRefusedError:
                 raise
             except ServerError as err:
-                if attempt == self._retries:
+                if attempt == retries:
                     tries = f" ({attempt + 1} tries)" if attempt else ""
                     raise type(err)(f"{err}{tries}") from err
                 with self._lock:
                     self.num_retries += 1
                 pause_s = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
                 # Spread out, or all the threads that failed together would come back together.
-                threading.Event().wait(pause_s * random.uniform(0.5, 1.0))
+                time.sleep(pause_s * random.uniform(0.5, 1.0))
+                attempt += 1
 
     def _json(self, method: str, path: str, body: Any = None) -> Any:
         return self._content(self._send(method, path, body))

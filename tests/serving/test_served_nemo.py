@@ -1,0 +1,84 @@
+"""The whole serving path, a real `.nemo` on one and two ranks, against Hugging Face running the same weights."""
+
+import json
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import live
+import pytest
+import tiny_world
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def value_nemo(tmp_path_factory):
+    """The tiny value model converted to `.nemo`, with its format where training would have put it."""
+    folder = tmp_path_factory.mktemp("nemo")
+    hf = live.model_folder("TEXT_TO_VALUE")
+    convert = [sys.executable, ROOT / "scripts/convert_hf_llama_to_nemo.py", "--in-file", hf, "--out-file"]
+    subprocess.run([*convert, folder / "plain.nemo"], check=True, capture_output=True)
+    with tarfile.open(folder / "plain.nemo") as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    config = next((folder / "unpacked").rglob("model_config.yaml"))
+    served = json.loads((hf / "format.json").read_text())
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "steerlm": served}))
+    with tarfile.open(folder / "value.nemo", "w") as archive:
+        archive.add(folder / "unpacked", arcname=".")
+    return folder / "value.nemo"
+
+
+def put(port, body):
+    return httpx.put(f"http://127.0.0.1:{port}/generate", json=body, timeout=120, trust_env=False).json()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_served_nemo_answers_concurrent_clients_token_by_token_as_hugging_face_does(value_nemo, tp_size):
+    chance = random.Random(0)
+    bodies = []
+    for number, conversation in enumerate(tiny_world.conversations(24, "TEXT_TO_VALUE", seed=9)):
+        prompts = [tiny_world.TEMPLATE.annotation_prompt(conversation, t) for t in range(len(conversation.turns))]
+        bodies.append(
+            {
+                "sentences": prompts[: chance.randint(1, 4)],
+                "greedy": True,
+                "tokens_to_generate": chance.randint(1, 40),
+                "end_strings": chance.choice([["\x11"], [], ["quality:"], ["\n"]]),
+                "compute_logprob": number % 3 == 0,
+            }
+        )
+    with live.run_engine(live.engine("TEXT_TO_VALUE")) as port:
+        expected = [put(port, body) for body in bodies]
+    with live.open_listener(0) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "scripts/megatron_gpt_eval.py", f"gpt_model_file={value_nemo}", "server=True"]
+    command += [f"port={port}", f"trainer.devices={tp_size}", f"tensor_model_parallel_size={tp_size}"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while True:
+            assert server.poll() is None, server.communicate()[0]
+            try:
+                health = httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).json()
+                break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        assert health["tp_size"] == tp_size
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda body: put(port, body), bodies))
+    finally:
+        server.terminate()
+        log, _ = server.communicate(timeout=60)
+    assert server.returncode == 0, log
+    assert [answer["token_ids"] for answer in answers] == [answer["token_ids"] for answer in expected]
+    assert [answer["sentences"] for answer in answers] == [answer["sentences"] for answer in expected]
+    for answer, wanted in zip(answers, expected, strict=True):
+        for row, wanted_row in zip(answer["logprob"] or [], wanted["logprob"] or [], strict=True):
+            assert row == pytest.approx(wanted_row, abs=1e-4)
