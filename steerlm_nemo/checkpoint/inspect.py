@@ -65,7 +65,7 @@ def _weights(nemo: NemoFile, verify: bool, damage: list[str]) -> dict[str, Any]:
     weights = DistributedWeights(nemo)
     tensors = weights.index.tensors
     facts: dict[str, Any] = {
-        "format": "torch_dist",
+        "format": weights.format,
         "dtypes": sorted({tensor.dtype for tensor in tensors.values()}),
         "num_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "tensors": {key: list(tensor.shape) for key, tensor in sorted(tensors.items())},

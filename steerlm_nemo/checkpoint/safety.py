@@ -10,6 +10,7 @@ What a check refuses is a `CheckpointError`; a damaged file that cannot be parse
 
 from __future__ import annotations
 
+import _compat_pickle
 import io
 import os
 import pickle
@@ -112,8 +113,10 @@ class InertUnpickler(pickle.Unpickler):
         self.byte_buffers: list[bytes] = []
 
     def find_class(self, module: str, name: str) -> Any:
-        # Protocol 2 pickles of Python 3 spell a few modules as Python 2 did.
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+        # torch.save writes protocol 2, in which Python 3 spells its own names as Python 2 did.
+        module, name = _compat_pickle.NAME_MAPPING.get(
+            (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+        )
         full = f"{module}.{name}"
         if full not in ALLOWED_GLOBALS:
             raise CheckpointError(

@@ -39,13 +39,14 @@ Offset = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a global tensor and where its `torch.save` file lies."""
+    """Part of a global tensor and where it lies: a `torch.save` file, or its bare bytes (zarr)."""
 
     offset: Offset
     shape: tuple[int, ...]
     file: str
     start: int
     num_bytes: int
+    is_bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def check_chunks(index: Index, open_file: Callable[[str], IO[bytes]], where: str
 def _places(index: Index) -> Iterator[tuple[str, str, int, int]]:
     for key, tensor in index.tensors.items():
         for chunk in tensor.chunks:
-            yield key, chunk.file, chunk.start, chunk.num_bytes
+            if not chunk.is_bare:
+                yield key, chunk.file, chunk.start, chunk.num_bytes
     for key, stored in index.objects.items():
         yield key, stored.file, stored.start, stored.num_bytes
 
@@ -175,7 +177,10 @@ def read_slab(
         try:
             with open_file(chunk.file) as stream:
                 source = io.BufferedReader(Slice(stream, chunk.start, chunk.num_bytes), 2**20)
-                loaded = torch.load(source, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+                if chunk.is_bare:
+                    loaded = torch.frombuffer(bytearray(source.read()), dtype=dtype).reshape(chunk.shape)
+                else:
+                    loaded = torch.load(source, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as err:  # torch raises many types for a damaged file
             raise CheckpointError(f"{where}/{chunk.file}: damaged ({type(err).__name__}: {str(err)[:200]})") from err
         if tuple(loaded.shape) != chunk.shape or loaded.dtype != dtype:

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING
 from steerlm_nemo.checkpoint.archive import WEIGHTS_DIR, NemoFile
 from steerlm_nemo.checkpoint.mapping import Layout, Rule
 from steerlm_nemo.checkpoint.torch_dist import INDEX, Index, check_chunks, parse_index, read_slab
+from steerlm_nemo.checkpoint.zarr_index import zarr_index
 from steerlm_nemo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class DistributedWeights:
-    """The `model_weights/` folder of a `.nemo`, in Megatron's torch_dist format.
+    """The `model_weights/` folder of a `.nemo`, in Megatron's torch_dist or zarr format.
 
     Raises:
         CheckpointError: there is none, it is in another format, or its index is unsafe or damaged.
@@ -26,16 +27,17 @@ class DistributedWeights:
         self._nemo = nemo
         self.where = f"{nemo.path}:{WEIGHTS_DIR}"
         index_name = f"{WEIGHTS_DIR}/{INDEX}"
-        if index_name not in nemo.members:
-            if any(name.endswith("/.zarray") for name in nemo.members):
-                found = "zarr arrays (NeMo 1.x); open it once in NeMo 2.x and save it, which writes torch_dist"
-            elif any(name.endswith(".ckpt") for name in nemo.members):
-                found = "a legacy model_weights.ckpt (mcore_gpt: false)"
-            else:
-                found = "no weights"
-            raise CheckpointError(f"{nemo.path}: expected {index_name}, but it holds {found}")
-        with nemo.open(index_name) as member:
-            self.index: Index = parse_index(member, f"{nemo.path}:{index_name}")
+        if index_name in nemo.members:
+            self.format = "torch_dist"
+            with nemo.open(index_name) as member:
+                self.index: Index = parse_index(member, f"{nemo.path}:{index_name}")
+            return
+        self.format = "zarr"
+        self.index = zarr_index(nemo, WEIGHTS_DIR)
+        if not self.index.tensors:
+            is_legacy = any(name.endswith(".ckpt") for name in nemo.members)
+            found = "a legacy model_weights.ckpt (mcore_gpt: false)" if is_legacy else "no weights"
+            raise CheckpointError(f"{nemo.path}: expected {index_name} or zarr arrays, but it holds {found}")
 
     def open_file(self, name: str) -> IO[bytes]:
         return self._nemo.open(f"{WEIGHTS_DIR}/{name}")

@@ -22,6 +22,7 @@ import torch
 from llamas import ROOT
 
 from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, read_config, write_nemo
+from steerlm_nemo.checkpoint.safety import check_directory
 from steerlm_nemo.errors import CheckpointError
 
 Build = Callable[[tarfile.TarFile, Path], None]
@@ -322,6 +323,23 @@ def test_zarr_and_legacy_layouts_open(tmp_path: Path) -> None:
         (folder / "model_config.yaml").write_text("num_layers: 1\n")
         with open_nemo(pack_like_nemo(folder, tmp_path / f"{folder.name}.nemo", "w:")) as nemo:
             assert nemo.dir.is_dir()
+
+
+def test_what_training_stores_beside_the_weights_is_accepted(tmp_path: Path) -> None:
+    """Numbers, nested configs and scheduler state, as in `common.pt` of a checkpoint to resume from."""
+    from omegaconf import OmegaConf
+
+    state = {
+        "global_step": 10,
+        "consumed": 2**40,  # spelled `long` by the pickle protocol that torch uses
+        "hyper_parameters": OmegaConf.create({"model": {"betas": [0.9, 0.98], "name": "adam", "none": None}}),
+        "lr_schedulers": [{"last_epoch": 10, "_last_lr": [1e-4]}],
+        "rng": torch.get_rng_state(),
+        "seen": {1, 2},
+        "path": Path("/results"),
+    }
+    (tmp_path / "common.pt").write_bytes(torch_file(state))
+    check_directory(tmp_path)
 
 
 def test_a_renamed_tokenizer_in_an_extracted_folder_is_still_found(llama_nemo: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from llamas import LLAMA3_ROPE, ROOT, MakeLlama, convert_quietly, export_quietly
 from safetensors.torch import load_file, save_file
 
-from steerlm_nemo.checkpoint.archive import open_nemo, read_config
+from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import plan_conversion
 from steerlm_nemo.checkpoint.llama_config import vocabulary_padding
 from steerlm_nemo.checkpoint.weights import DistributedWeights
@@ -97,6 +97,36 @@ def test_a_large_export_is_split_with_an_index_that_transformers_reads(
     require_same_tensors(back, llama)
     loaded = AutoModelForCausalLM.from_pretrained(back).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors_in(llama).items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_zarr_checkpoint_of_nemo_1_exports(make_llama: MakeLlama, tmp_path: Path, dtype: str) -> None:
+    """Arrays as zarr's own library writes them, chunked as by four tensor-parallel ranks, one layer per chunk."""
+    zarr = pytest.importorskip("zarr")
+    numpy = pytest.importorskip("numpy")
+    source = make_llama(dtype=dtype)
+    folder = extract_nemo(convert_quietly(source, tmp_path / "model.nemo"), tmp_path / "zarr")
+    with open_nemo(folder) as nemo:
+        weights = DistributedWeights(nemo)
+        tensors = {key: weights.read(key, None) for key in weights.index.tensors}
+    shutil.rmtree(folder / "model_weights")
+    for key, tensor in tensors.items():
+        stacked = ".layers." in key
+        chunks = list(tensor.shape)
+        chunks[0 if not stacked else 1] //= 4
+        if stacked:
+            chunks[0] = 1
+        is_bfloat16 = tensor.dtype is torch.bfloat16  # zarr has no such type; Megatron writes the name into .zarray
+        values = tensor.view(torch.int16).numpy() if is_bfloat16 else tensor.numpy()
+        path = folder / "model_weights" / key
+        array = zarr.open(str(path), "w", shape=values.shape, chunks=chunks, dtype=values.dtype, compressor=None)
+        array[:] = numpy.ascontiguousarray(values)
+        if is_bfloat16:
+            (path / ".zarray").write_text((path / ".zarray").read_text().replace('"<i2"', '"bfloat16"'))
+    require_same_tensors(export_quietly(folder, tmp_path / "back"), source)
+    next(folder.glob("model_weights/*fc1.weight/0.0.0")).unlink()
+    with pytest.raises(CheckpointError, match="no bytes found"):
+        export_quietly(folder, tmp_path / "again")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32", "float32"), ("16", "float16"), ("bf16", "bfloat16")])

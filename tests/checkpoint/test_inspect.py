@@ -86,7 +86,7 @@ def flip_bits(folder: Path) -> None:
     ("damage", "message"),
     [
         (drop("model_config.yaml"), "has no model_config.yaml"),
-        (drop("model_weights/.metadata"), "expected model_weights/.metadata"),
+        (drop("model_weights/.metadata"), "expected model_weights/.metadata or zarr arrays"),
         (drop("model_weights/__0_0.distcp"), "has no member model_weights/__0_0.distcp"),
         (drop("tokenizer.model"), "the tokenizer 'nemo:tokenizer.model' of model_config.yaml is not in it"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"junk"), "not a SentencePiece model"),
