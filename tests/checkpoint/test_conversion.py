@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import plan_conversion
 from steerlm_nemo.checkpoint.llama_config import vocabulary_padding
+from steerlm_nemo.checkpoint.tokenizer_files import localise_tokenizer
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import CheckpointError, InputError
 
@@ -257,6 +258,7 @@ def test_mistral_without_a_sliding_window_converts_and_keeps_its_name(llama: Pat
 
 def test_a_tokenizer_json_is_packed_and_found_again(llama: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer
 
     from steerlm_nemo.checkpoint.tokenizers import load_tokenizer
 
@@ -271,6 +273,9 @@ def test_a_tokenizer_json_is_packed_and_found_again(llama: Path, tmp_path: Path)
     with open_nemo(path) as nemo:
         tokenizer = load_tokenizer(nemo)
         assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.encode("word7")) == (rows, 1, [7])
+        # NeMo's huggingface tokenizer loads `tokenizer.type` in just this way.
+        stock = AutoTokenizer.from_pretrained(localise_tokenizer(nemo.config, nemo.dir)["tokenizer"]["type"])
+        assert (len(stock), stock.eos_token_id, stock.encode("word7")) == (rows, 1, [7])
     back = export_quietly(path, tmp_path / "back")
     assert (back / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
