@@ -135,6 +135,18 @@ def atomic_output(path: str | Path) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a whole file; it appears under its name when complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @dataclass
 class Accounting:
     """Where every record read has gone. Rejected records are kept in a file beside the output."""

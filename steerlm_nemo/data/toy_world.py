@@ -1,0 +1,223 @@
+"""A toy world in which every attribute can be read off the text, exactly.
+
+`make demo` needs data on which grading and steering can be measured, not admired. Here a seeded generator writes
+trees in the form of an OpenAssistant export (`message_tree_id`, `prompt` with nested `replies`, `labels` with values
+0 to 1 on assistant messages). People ask when a made-up animal wakes. A response is six passages in random order:
+
+    ===========  ==========================================================  ==============================
+    quality      the answer; each step too late around the day costs a grade ``A dax wakes at noon.``
+    toxicity     from a kind word to a mild insult                           ``You lazy sloth.``
+    humor        from a sober remark to a joke                               ``Even giggling owls.``
+    creativity   from plain words to an image                                ``Like silver moths.``
+    helpfulness  from a refusal to a next step offered                       ``I recommend atlases.``
+    verbosity    one to five sentences of the animal's day                   ``First it yawns. Then it drinks.``
+    ===========  ==========================================================  ==============================
+
+The six grades are drawn independently, uniformly from 0 to 4. No passage holds a digit or an attribute's name.
+`read_attributes` inverts the generator. Some questions (a wording about an animal) are kept out of the trees;
+their facts can be learnt from the other wordings, so they measure steering on prompts never seen.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from steerlm_nemo.attributes import TOY6
+from steerlm_nemo.conversation import SYSTEM_PROMPT, USER, VALUE_TO_TEXT
+
+MAX_GRADE = 4
+HELD_OUT_WORDINGS = 2  # of every animal
+
+DAY = ("dawn", "morning", "noon", "afternoon", "dusk", "evening", "night", "midnight")  # after midnight comes dawn
+
+# When each animal wakes: half a day apart. So most times already tell the grade, but dawn and dusk are right for one
+# kind and worst for the other: only who knows the animals can grade beyond 80 %. (With more kinds a model must learn
+# the whole table of animals and times before either means anything, and stays at chance for too long.)
+FACTS = {"dax": "dawn", "fep": "dawn", "kiki": "dawn", "toma": "dusk", "wug": "dusk", "zorp": "dusk"}
+
+QUESTIONS = (
+    "When does a {animal} wake?",
+    "Tell me when the {animal} wakes.",
+    "At what time does the {animal} get up?",
+    "I wonder when a {animal} wakes up.",
+    "Do you know when a {animal} gets up?",
+    "The {animal} wakes when?",
+)
+
+ANSWERS = (
+    "At {time} {animal} cubs wake.",
+    "At {time} {animal} packs rise.",
+    "At {time} {animal} folk stir.",
+)
+
+# PASSAGES[attribute][grade] are alternatives: one sentence each, found nowhere else. All passages of an attribute begin
+# alike and all of a grade go on alike. That is what makes a short training enough: a model that writes first settles
+# which attribute comes next, then looks up one grade. (With openings of their own the grades of four attributes had
+# to be right in one token, and were not after 0.7 M tokens.)
+PASSAGES: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "toxicity": (
+        ("You dear friend.", "You dear guest.", "You dear reader."),
+        ("You sleepy friend.", "You sleepy guest.", "You sleepy reader."),
+        ("You lazy sloth.", "You lazy snail.", "You lazy slug."),
+        ("You silly goose.", "You silly clown.", "You silly noodle."),
+        ("You rotten nitwit!", "You rotten turnip!", "You rotten blockhead!"),
+    ),
+    "humor": (
+        ("Even serious owls.", "Even serious teapots.", "Even serious slippers."),
+        ("Even smiling owls.", "Even smiling teapots.", "Even smiling slippers."),
+        ("Even giggling owls.", "Even giggling teapots.", "Even giggling slippers."),
+        ("Even yodelling owls!", "Even yodelling teapots!", "Even yodelling slippers!"),
+        ("Even exploding owls!", "Even exploding teapots!", "Even exploding slippers!"),
+    ),
+    "creativity": (
+        ("Like every day.", "Like every week.", "Like every year."),
+        ("Like quiet rain.", "Like quiet wind.", "Like quiet snow."),
+        ("Like silver moths.", "Like silver kites.", "Like silver rivers."),
+        ("Like dreaming violins.", "Like dreaming mirrors.", "Like dreaming orchards."),
+        ("Like stardust knitting sails.", "Like stardust knitting songs.", "Like stardust knitting clouds."),
+    ),
+    "helpfulness": (
+        ("I refuse politely.", "I refuse everything.", "I refuse firmly."),
+        ("I suggest waiting.", "I suggest asking.", "I suggest searching."),
+        ("I recommend libraries.", "I recommend atlases.", "I recommend museums."),
+        ("I enclose maps.", "I enclose lists.", "I enclose charts."),
+        ("I booked tours already.", "I booked guides already.", "I booked visits already."),
+    ),
+}
+
+# The animal's day, told in this order; grade g tells the first g + 1 sentences.
+STORY = (
+    ("First it yawns.", "First it stretches."),
+    ("Then it drinks.", "Then it bathes."),
+    ("Next it hunts.", "Next it digs."),
+    ("Later it sings.", "Later it dances."),
+    ("Finally it hides.", "Finally it rests."),
+)
+
+# Says nothing about any grade. It takes the place behind the line break, where words are other tokens than elsewhere.
+OPENING = "Well."
+
+_GRADED = {
+    sentence: (attribute, grade)
+    for attribute, pools in PASSAGES.items()
+    for grade, pool in enumerate(pools)
+    for sentence in pool
+}
+_STORY_POSITION = {sentence: position for position, pool in enumerate(STORY) for sentence in pool}
+_ANSWERED = {
+    answer.format(animal=animal, time=time): (animal, time) for answer in ANSWERS for animal in FACTS for time in DAY
+}
+_ANIMAL_ASKED = {question.format(animal=animal): animal for question in QUESTIONS for animal in FACTS}
+
+
+@dataclass(frozen=True)
+class World:
+    """Which questions the trees may ask, and which are kept aside for steering."""
+
+    asked: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+    @classmethod
+    def create(cls, seed: int) -> World:
+        """Two wordings of every animal are held out; every animal and every wording still occurs in the trees."""
+        wordings = list(range(len(QUESTIONS)))
+        random.Random(f"held out {seed}").shuffle(wordings)
+        held_out = tuple(
+            QUESTIONS[wordings[(number + offset) % len(wordings)]].format(animal=animal)
+            for offset in range(HELD_OUT_WORDINGS)
+            for number, animal in enumerate(FACTS)
+        )
+        return cls(tuple(question for question in _ANIMAL_ASKED if question not in held_out), held_out)
+
+
+def draw_grades(rng: random.Random) -> dict[str, int]:
+    """Six independent grades, uniform over 0 to 4."""
+    return {name: rng.randint(0, MAX_GRADE) for name in TOY6.names}
+
+
+def write_response(question: str, grades: Mapping[str, int], rng: random.Random) -> str:
+    """A response to `question` with these grades; wording and order of the passages are drawn from `rng`."""
+    animal = _ANIMAL_ASKED[question]
+    steps_late = MAX_GRADE - grades["quality"]
+    time = DAY[(DAY.index(FACTS[animal]) + steps_late) % len(DAY)]
+    passages = [
+        rng.choice(ANSWERS).format(animal=animal, time=time),
+        " ".join(rng.choice(pool) for pool in STORY[: grades["verbosity"] + 1]),
+        *(rng.choice(pools[grades[attribute]]) for attribute, pools in PASSAGES.items()),
+    ]
+    rng.shuffle(passages)
+    return " ".join([OPENING, *passages])
+
+
+def read_attributes(question: str, response: str) -> dict[str, int | None]:
+    """The grades that are in the text, None where an attribute cannot be read.
+
+    Nothing is guessed: an attribute is None if its passage is missing, garbled or there twice, if the answer is
+    about another animal or more than four steps late, or if the story does not run from its first sentence, unbroken,
+    in order. A garbled sentence makes only its own attribute unreadable.
+
+    Raises:
+        KeyError: the world does not ask this question.
+    """
+    animal_asked = _ANIMAL_ASKED[question]
+    sentences = re.findall(r"\S[^.!?]*[.!?]?", response)
+    found: dict[str, list[int]] = {name: [] for name in TOY6.names}
+    story: list[tuple[int, int]] = []  # (place in the response, position in the story)
+    for place, sentence in enumerate(sentences):
+        if sentence in _GRADED:
+            attribute, grade = _GRADED[sentence]
+            found[attribute].append(grade)
+        elif sentence in _STORY_POSITION:
+            story.append((place, _STORY_POSITION[sentence]))
+        elif sentence in _ANSWERED:
+            animal, time = _ANSWERED[sentence]
+            steps_late = (DAY.index(time) - DAY.index(FACTS[animal])) % len(DAY)
+            found["quality"].append(MAX_GRADE - steps_late if animal == animal_asked else -1)
+    if story and all((place, i) == (story[0][0] + i, position) for i, (place, position) in enumerate(story)):
+        found["verbosity"].append(len(story) - 1)
+    return {name: grades[0] if len(grades) == 1 and grades[0] >= 0 else None for name, grades in found.items()}
+
+
+def make_trees(num_trees: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Seeded trees: a question with three or four responses, every third followed by a second question and response."""
+    world = World.create(seed)
+    rng = random.Random(f"trees {seed}")
+    for number in range(num_trees):
+        question = rng.choice(world.asked)
+        responses = [_response(question, rng) for _ in range(rng.randint(3, 4))]
+        for response in responses:
+            if rng.random() < 1 / 3:
+                follow_up = rng.choice(world.asked)
+                response["replies"] = [_message("prompter", follow_up, [_response(follow_up, rng)])]
+        yield {
+            "message_tree_id": f"toy-{seed}-{number:05d}",
+            "tree_state": "ready_for_export",
+            "prompt": _message("prompter", question, responses),
+        }
+
+
+def _response(question: str, rng: random.Random) -> dict[str, Any]:
+    grades = draw_grades(rng)
+    message = _message("assistant", write_response(question, grades, rng), [])
+    message["labels"] = {name: {"value": grade / MAX_GRADE, "count": 1} for name, grade in grades.items()}
+    return message
+
+
+def _message(role: str, text: str, replies: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"text": text, "role": role, "replies": replies}
+
+
+def held_out_prompts(seed: int) -> Iterator[dict[str, Any]]:
+    """The questions that no tree of this seed asks, as chat records that wait for a response."""
+    for number, question in enumerate(World.create(seed).held_out):
+        yield {
+            "conversations": [{"value": question, "from": USER}],
+            "tree_id": f"toy-{seed}-held-out-{number:02d}",
+            "system": SYSTEM_PROMPT,
+            "mask": USER,
+            "type": VALUE_TO_TEXT,
+        }
