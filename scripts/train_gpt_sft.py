@@ -29,6 +29,7 @@ def main() -> None:
 
     from steerlm_nemo.config import load_config, printable
     from steerlm_nemo.training import config, launch
+    from steerlm_nemo.training.fingerprint import refuse_foreign_resume
 
     show_only = "--cfg" in argv
     cfg = load_config([arg for arg in argv if arg != "--cfg"], default_name="gpt_sft")
@@ -40,11 +41,12 @@ def main() -> None:
 
     base = read_config(cfg.model.restore_from_path)
     config.check(cfg, base)
-    if not launch.ranks_exist():
+    refuse_foreign_resume(cfg)
+    if launch.should_warn():
         for warning in config.warnings(cfg, base):
             print(f"WARNING: {warning}", file=sys.stderr)
-        if cfg.trainer.num_nodes == 1 and cfg.trainer.devices > 1:
-            sys.exit(launch.launch_ranks(sys.argv, cfg.trainer.devices))
+    if not launch.ranks_exist() and cfg.trainer.num_nodes == 1 and cfg.trainer.devices > 1:
+        sys.exit(launch.launch_ranks(sys.argv, cfg.trainer.devices))
 
     from steerlm_nemo.training import sft
 

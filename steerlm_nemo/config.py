@@ -70,7 +70,7 @@ def _all_keys(path: Path) -> list[str]:
 
 
 def _flatten(cfg: DictConfig, prefix: str) -> Iterator[str]:
-    for key in cfg:
+    for key in map(str, cfg):
         full = f"{prefix}{key}"
         yield full
         node = cfg._get_node(key)

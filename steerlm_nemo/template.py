@@ -204,7 +204,7 @@ class ChatTemplate:
             text = re.sub(r"\\x([0-9A-Fa-f]{2})", lambda m: chr(int(m[1], 16)), str(raw)).replace("\\n", "\n")
             if re.fullmatch(r"x[01][0-9A-Fa-f]", text):
                 warn(
-                    f"WARNING: chat_prompt_tokens.{key} is the three letters {text!r}: a shell ate the backslash. "
+                    f"chat_prompt_tokens.{key} is the three letters {text!r}: a shell ate the backslash. "
                     rf"Taken as the control byte \{text}. Quote it: 'model.data.chat_prompt_tokens.{key}=\\{text}'."
                 )
                 text = chr(int(text[1:], 16))

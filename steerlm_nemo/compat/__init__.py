@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
@@ -32,10 +33,9 @@ def prepare() -> Capabilities:
         os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "24.07")
         # Replaced torch factories confuse dynamo's table of known objects, and nothing here compiles.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        os.environ.setdefault("NEMO_TESTING", "0")
     try:
-        import nemo.collections.nlp
-        import nemo_aligner  # noqa: F401
+        importlib.import_module("nemo.collections.nlp")
+        importlib.import_module("nemo_aligner")
     except ImportError as err:
         raise CompatError(
             f"the training stack cannot be imported ({err}). Run `make setup`, or: pip install 'steerlm-nemo[cpu]'"

@@ -24,7 +24,7 @@ class FusedAdamSemantics(torch.optim.AdamW):
         weight_decay: float = 0.0,
         **ignored: Any,  # bucket sizes, overlap flags, grad_sync_dtype: they tune communication Apex's class does
     ) -> None:
-        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # AdamW's own would put a 0-dimensional `step` into every parameter's state.

@@ -45,8 +45,8 @@ def check_parallelism(config: Mapping[str, Any], tp_size: int, pp_size: int, num
     """
     if pp_size != 1:
         raise ConfigError(
-            f"pipeline_model_parallel_size {pp_size}: this server splits a model by tensor parallelism only. Use "
-            f"pipeline_model_parallel_size=1 tensor_model_parallel_size={tp_size * pp_size}; any .nemo loads at any size"
+            f"pipeline_model_parallel_size {pp_size}: this server splits a model by tensor parallelism only. Any .nemo "
+            f"loads at any size: use pipeline_model_parallel_size=1 tensor_model_parallel_size={tp_size * pp_size}"
         )
     if num_ranks != tp_size:
         raise ConfigError(

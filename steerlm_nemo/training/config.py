@@ -6,7 +6,7 @@ Every problem found is reported together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from steerlm_nemo.errors import ConfigError, SteerLMError
 from steerlm_nemo.template import ChatTemplate
 
 
-def read_template(cfg: DictConfig) -> ChatTemplate:
-    """The chat template of `model.data.chat_prompt_tokens`."""
-    return ChatTemplate.from_config(OmegaConf.to_container(cfg.model.data.chat_prompt_tokens))  # type: ignore[arg-type]
+def read_template(cfg: DictConfig, warn: Callable[[str], object] = lambda message: None) -> ChatTemplate:
+    """The chat template of `model.data.chat_prompt_tokens`; `warn` hears of markers that a shell damaged."""
+    return ChatTemplate.from_config(OmegaConf.to_container(cfg.model.data.chat_prompt_tokens), warn)  # type: ignore[arg-type]
 
 
 def read_schema(cfg: DictConfig) -> AttributeSchema:
@@ -97,15 +97,12 @@ def _problems(cfg: DictConfig, base: Any) -> Iterator[str]:
         yield f"model.data.record_type is {model.data.record_type!r}; it must be {' or '.join(RECORD_TYPES)} or null"
     if model.peft.peft_scheme not in (None, "none"):
         yield f"model.peft.peft_scheme {model.peft.peft_scheme!r} is not supported; full fine-tuning is 'none'"
-    if (
-        isinstance(sft.val_check_interval, int)
-        and sft.val_check_interval > 0
-        and sft.save_interval % sft.val_check_interval
-    ):
-        yield f"trainer.sft.save_interval {sft.save_interval} must be a multiple of val_check_interval {sft.val_check_interval}"
+    interval = sft.val_check_interval
+    if isinstance(interval, int) and interval > 0 and sft.save_interval % interval:
+        yield f"trainer.sft.save_interval {sft.save_interval} must be a multiple of val_check_interval {interval}"
     for placeholder in ("{step}", "{consumed_samples}"):
         if placeholder not in cfg.exp_manager.checkpoint_callback_params.filename:
-            yield f"checkpoint_callback_params.filename must hold {placeholder}: a resumed run reads its state from the name"
+            yield f"checkpoint_callback_params.filename lacks {placeholder}: resuming reads the state from the name"
     yield from _schedule_problems(model.optim)
     for read in (read_template, read_schema):
         try:
@@ -153,6 +150,9 @@ def check_schedule(cfg: DictConfig, num_steps: int) -> None:
 
 def warnings(cfg: DictConfig, base: Any) -> Iterator[str]:
     """Settings that run but are probably not meant."""
+    damaged: list[str] = []
+    read_template(cfg, damaged.append)
+    yield from damaged
     data, limit = cfg.model.data, base.get("encoder_seq_length")
     if data.validation_ds.max_seq_length > data.train_ds.max_seq_length:
         yield (

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-RANK_VARIABLES = ("LOCAL_RANK", "SLURM_PROCID")
+LAUNCHED_HERE = "STEERLM_RANK_OF_LAUNCHER"  # set for ranks whose launcher has checked the config and warned already
 GRACE_S = 60.0  # time the ranks get to save and leave after a signal
 
 
@@ -26,6 +26,12 @@ def ranks_exist() -> bool:
     if os.environ.get("LOCAL_RANK") is not None:
         return True
     return os.environ.get("SLURM_PROCID") is not None and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def should_warn() -> bool:
+    """Is this the one process of a job that shows warnings about the config?"""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    return rank == 0 and LAUNCHED_HERE not in os.environ
 
 
 def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
@@ -43,31 +49,31 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "NODE_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        LAUNCHED_HERE: "1",
         # Threads of several ranks on the same cores only wait for each other.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks))),
     }
-    ranks, logs = [], []
-    for rank in range(num_ranks):
-        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    with contextlib.ExitStack() as stack:
         # Rank 0 speaks for all; what the others said is shown if one of them fails by itself.
-        log = None if rank == 0 else tempfile.TemporaryFile()
-        logs.append(log)
-        ranks.append(
+        logs = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, num_ranks))]
+        ranks = [
             subprocess.Popen(
                 [sys.executable, *argv],
-                env=env,
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        )
-    codes = _wait(ranks)
-    for rank, (code, log) in enumerate(zip(codes, logs, strict=True)):
-        if log is not None and code > 0 and codes[0] <= 0:
-            log.seek(0)
-            text = log.read().decode(errors="replace")
-            print(f"rank {rank} ended with exit code {code}; its last words:\n{text[-4000:]}", file=sys.stderr)
+            for rank, log in enumerate(logs)
+        ]
+        codes = _wait(ranks)
+        for rank, (code, log) in enumerate(zip(codes, logs, strict=True)):
+            if log is not None and code > 0 and codes[0] <= 0:
+                log.seek(0)
+                text = log.read().decode(errors="replace")[-4000:]
+                print(f"rank {rank} ended with exit code {code}; its last words:\n{text}", file=sys.stderr)
     # The rank that failed by itself explains more than those that were stopped for it.
     failed = [code for code in codes if code > 0] or [128 - code for code in codes if code < 0]
     return failed[0] if failed else 0

@@ -12,12 +12,12 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from steerlm_nemo.attributes import digest_of
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config, write_nemo
 from steerlm_nemo.checkpoint.tokenizers import load_tokenizer, read_artifacts
 from steerlm_nemo.compat import prepare, quiet_logs
@@ -26,6 +26,7 @@ from steerlm_nemo.errors import ConfigError, SteerLMError
 from steerlm_nemo.template import SteerLMFormat
 from steerlm_nemo.training import config as training_config
 from steerlm_nemo.training.dataset import ChatDataset
+from steerlm_nemo.training.fingerprint import file_identity, fingerprint
 
 EXIT_STOPPED_EARLY = 75  # EX_TEMPFAIL: the same command goes on where this one stopped; Slurm scripts requeue on it
 
@@ -45,8 +46,6 @@ def run(cfg: DictConfig) -> None:
     """
     is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     log_dir = Path(cfg.exp_manager.explicit_log_dir)
-    if is_first:
-        _refuse_foreign_resume(cfg, log_dir)
     capabilities = prepare()
     quiet_logs(verbose=bool(cfg.get("verbose", False)))
     if is_first:
@@ -136,16 +135,16 @@ def run(cfg: DictConfig) -> None:
             print(f"trained {trainer.step} steps in {time.monotonic() - started:.0f} s; wrote {target}", flush=True)
 
 
-def merge_model_config(base: DictConfig | dict[str, Any], override: DictConfig) -> DictConfig:
+def merge_model_config(base: Mapping[str, Any], override: DictConfig) -> DictConfig:
     """The checkpoint's model config with the run's on top; a null in the run's keeps the checkpoint's value."""
-    merged = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(base), resolve=True))
+    merged = OmegaConf.create(dict(base))
     OmegaConf.resolve(override)
     with open_dict(merged):
         for key in ("target", "nemo_version", "data", "optim"):
             merged.pop(key, None)
-        for key, value in override.items():
-            if value is not None or key not in merged:
-                merged[key] = value
+        for name, value in OmegaConf.to_container(override).items():  # type: ignore[union-attr]
+            if value is not None or name not in merged:
+                merged[name] = value
         # Aligner counts consumed samples with the model's own copy of the batch size.
         merged.micro_batch_size = override.data.train_ds.micro_batch_size
         merged.global_batch_size = override.data.train_ds.global_batch_size
@@ -219,44 +218,6 @@ def _num_steps(cfg: DictConfig, train_ds: ChatDataset) -> int:
     return from_data if cfg.trainer.sft.max_steps < 0 else min(from_data, cfg.trainer.sft.max_steps)
 
 
-# --- what identifies a run --------------------------------------------------------------------------------------
-
-
-def fingerprint(cfg: DictConfig) -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
-    data = cfg.model.data
-    return {
-        "train_file": _file_identity(data.train_ds.file_path),
-        "restore_from_path": str(Path(cfg.model.restore_from_path).resolve()),
-        "record_type": data.record_type,
-        "template": OmegaConf.to_container(data.chat_prompt_tokens),
-        "attribute_schema": data.attribute_schema,
-        "global_batch_size": data.train_ds.global_batch_size,
-        "seed": cfg.model.seed,
-    }
-
-
-def _file_identity(path: str) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        head = file.read(1 << 20)
-    return {"path": str(Path(path).resolve()), "bytes": os.path.getsize(path), "head": digest_of({"h": head.hex()})}
-
-
-def _refuse_foreign_resume(cfg: DictConfig, log_dir: Path) -> None:
-    """Resuming somebody else's run would end at once, or go on with other data (D-04)."""
-    run_file = log_dir / "checkpoints" / "run.json"
-    if not run_file.is_file() or not cfg.exp_manager.resume_if_exists:
-        return
-    before, now = json.loads(run_file.read_text()), json.loads(json.dumps(fingerprint(cfg)))
-    differing = [key for key in now if before.get(key) != now[key]]
-    if differing:
-        sides = "\n".join(f"  {key}: that run {before.get(key)!r}, this one {now[key]!r}" for key in differing)
-        raise ConfigError(
-            f"{log_dir} holds another run, which cannot be resumed with this config:\n{sides}\n"
-            "Give this run its own exp_manager.explicit_log_dir, or delete that folder."
-        )
-
-
 def _save_run_files(cfg: DictConfig, log_dir: Path, capabilities: dict[str, Any]) -> None:
     checkpoints = log_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -270,7 +231,7 @@ def _save_run_files(cfg: DictConfig, log_dir: Path, capabilities: dict[str, Any]
 
 def saved_config(base: Any, intended: DictConfig, fmt: SteerLMFormat, cfg: DictConfig) -> DictConfig:
     """The `model_config.yaml` of the result: what the user asked for, not what was adapted to this machine."""
-    config = OmegaConf.create(OmegaConf.to_container(intended, resolve=True))
+    config = intended.copy()
     with open_dict(config):
         config.target = "nemo_aligner.models.nlp.gpt.gpt_sft_model.GPTSFTModel"
         config.nemo_version = base.get("nemo_version")
@@ -310,7 +271,7 @@ def _save_nemo(model: Any, config: DictConfig, artifacts: dict[str, bytes], targ
 def _provenance(cfg: DictConfig) -> dict[str, Any]:
     return {
         "base": str(cfg.model.restore_from_path),
-        "train_file": _file_identity(cfg.model.data.train_ds.file_path),
+        "train_file": file_identity(cfg.model.data.train_ds.file_path),
         "seed": cfg.model.seed,
     }
 

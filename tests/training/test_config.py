@@ -1,0 +1,133 @@
+"""Configurations that cannot run are refused before NeMo is imported, all problems at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerlm_nemo.config import load_config
+from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.training import config as training_config
+from steerlm_nemo.training.fingerprint import fingerprint, refuse_foreign_resume
+
+BASE = {
+    "encoder_seq_length": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 96,
+    "num_layers": 2,
+}
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> list[str]:
+    for name in ("base.nemo", "train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_text("x")
+    return [
+        f"model.restore_from_path={tmp_path}/base.nemo",
+        f"model.data.train_ds.file_path={tmp_path}/train.jsonl",
+        f"model.data.validation_ds.file_path={tmp_path}/val.jsonl",
+        f"exp_manager.explicit_log_dir={tmp_path}/log",
+    ]
+
+
+def checked(args: list[str], base: dict[str, Any] | None = None) -> Any:
+    cfg = load_config(args, "gpt_sft")
+    training_config.require_values(cfg)
+    training_config.check(cfg, base or BASE)
+    return cfg
+
+
+def test_the_defaults_run_and_take_the_context_of_the_checkpoint(good: list[str]) -> None:
+    assert checked(good).model.data.validation_ds.max_seq_length == 128
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown config key trainer.sft.max_step; did you mean trainer.sft.max_steps"):
+        load_config(["trainer.sft.max_step=3"], "gpt_sft")
+
+
+def test_an_unquoted_angle_bracket_says_to_quote() -> None:
+    with pytest.raises(ConfigError, match="quote its value"):
+        load_config(["model.data.chat_prompt_tokens.turn_start=<extra_id_1>"], "gpt_sft")
+
+
+def test_a_missing_config_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="there are: .*gpt_sft"):
+        load_config(["--config-name=gpt_stf"], "gpt_sft")
+
+
+def test_values_that_must_be_given_are_all_named() -> None:
+    with pytest.raises(ConfigError) as err:
+        training_config.require_values(load_config([], "gpt_sft"))
+    for key in ("model.restore_from_path", "train_ds.file_path", "validation_ds.file_path", "explicit_log_dir"):
+        assert key in str(err.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.tensor_model_parallel_size=2", "trainer.devices 1 x trainer.num_nodes 1 = 1; set trainer.devices=2"),
+        ("model.data.train_ds.micro_batch_size=3", r"global_batch_size \(128\) is not divisible by micro_batch_size"),
+        ("model.data.train_ds.file_path=/nowhere.jsonl", "no file /nowhere.jsonl"),
+        ("trainer.sft.save_interval=150", "must be a multiple of val_check_interval 100"),
+        ("model.data.record_type=VALUE_TO_VALUE", "must be TEXT_TO_VALUE or VALUE_TO_TEXT"),
+        ("model.data.attribute_schema=nemo13", "unknown attribute schema 'nemo13'"),
+        ("model.data.chat=False", "trains on conversations only"),
+        ("model.peft.peft_scheme=lora", "lora"),
+        ("model.optim.lr=0", "must be above 0"),
+        ("exp_manager.checkpoint_callback_params.filename=x", "lacks {step}"),
+    ],
+)
+def test_what_cannot_run_is_refused(good: list[str], override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked([*good, override])
+
+
+def test_a_tp_that_does_not_divide_the_heads_is_refused(good: list[str]) -> None:
+    with pytest.raises(ConfigError, match="4 does not divide the checkpoint's num_query_groups 2"):
+        checked([*good, "model.tensor_model_parallel_size=4", "trainer.devices=4"])
+
+
+def test_all_problems_are_reported_together(good: list[str]) -> None:
+    with pytest.raises(ConfigError) as err:
+        checked([*good, "model.tensor_model_parallel_size=2", "model.optim.lr=-1", "model.data.chat=False"])
+    assert str(err.value).count("\n  - ") == 3
+
+
+def test_a_constant_tail_that_leaves_no_cosine_is_refused(good: list[str]) -> None:
+    """D-25: Aligner's own default of 1000 constant steps."""
+    cfg = checked([*good, "model.optim.sched.constant_steps=1000"])
+    with pytest.raises(ConfigError, match="constant_steps 1000 leave no step of the 1000"):
+        training_config.check_schedule(cfg, 1000)
+    training_config.check_schedule(cfg, 1011)
+
+
+def test_markers_that_a_shell_stripped_are_taken_as_bytes_with_a_warning(good: list[str]) -> None:
+    """D-01: turn_start=\\x11 unquoted arrives as the three letters x11."""
+    cfg = checked([*good, "model.data.chat_prompt_tokens.turn_start=x11"])
+    assert training_config.read_template(cfg).turn_start == "\x11"
+    assert any("shell ate the backslash" in warning for warning in training_config.warnings(cfg, BASE))
+
+
+def test_a_validation_window_wider_than_training_is_warned_of(good: list[str]) -> None:
+    """The tutorial's 4906 for 4096."""
+    cfg = checked([*good, "model.data.train_ds.max_seq_length=64", "model.data.validation_ds.max_seq_length=96"])
+    assert any("validation_ds.max_seq_length 96" in warning for warning in training_config.warnings(cfg, BASE))
+
+
+def test_a_folder_with_another_run_is_not_resumed(good: list[str], tmp_path: Path) -> None:
+    """D-04: the tutorial trains both models in one folder, and the second ends at once."""
+    import json
+
+    cfg = checked(good)
+    refuse_foreign_resume(cfg)  # nothing there: nothing to refuse
+    checkpoints = tmp_path / "log" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "run.json").write_text(json.dumps(fingerprint(cfg)))
+    refuse_foreign_resume(cfg)  # the same run
+    (tmp_path / "train.jsonl").write_text("other data")
+    with pytest.raises(ConfigError, match="holds another run.*\n  train_file: that run"):
+        refuse_foreign_resume(cfg)
