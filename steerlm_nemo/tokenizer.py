@@ -81,5 +81,5 @@ def _load_sentencepiece(path: str | Path) -> sentencepiece.SentencePieceProcesso
         raise InputError(f"{path}: no such SentencePiece model file")
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except RuntimeError as err:
+    except (RuntimeError, UnicodeDecodeError) as err:  # the latter while reporting a damaged piece
         raise InputError(f"{path}: not a SentencePiece model ({err})") from err

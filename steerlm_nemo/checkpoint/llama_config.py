@@ -123,6 +123,8 @@ def _problems(config: HFConfig) -> list[str]:
             f"num_attention_heads {raw['num_attention_heads']} is not a multiple of "
             f"num_key_value_heads {config.num_query_groups}"
         )
+    if not all(isinstance(raw.get(key) or {}, dict) for key in ("rope_scaling", "rope_parameters")):
+        return [*problems, f"rope_scaling is {raw.get('rope_scaling')!r}, not a mapping"]
     rope = config.rope
     needed = {"default": (), "linear": ("factor",), "llama3": tuple(_LLAMA3_KEYS)}.get(rope["rope_type"])
     if needed is None:
@@ -275,8 +277,10 @@ def layout_of(config: dict[str, Any], padded_vocab_size: int, tokenizer_size: in
         for key, want in expected.items()
         if config.get(key) not in (want if isinstance(want, tuple) else (want,))
     ]
-    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
     problems += [f"{key} is {config.get(key)!r}" for key in sizes if not isinstance(config.get(key), int)]
+    if not isinstance(config.get("layernorm_epsilon"), float):
+        problems.append(f"layernorm_epsilon is {config.get('layernorm_epsilon')!r}")
     if problems:
         raise CheckpointError(f"{where}: this model is not a Llama:\n  " + "\n  ".join(problems))
     heads = config["num_attention_heads"]

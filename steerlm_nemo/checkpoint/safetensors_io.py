@@ -65,22 +65,28 @@ def places_in(path: Path) -> dict[str, TensorPlace]:
         raise InputError(f"{path}: cannot be read: {err.strerror}") from err
     except (ValueError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: its safetensors header is not JSON ({err}); download it again") from err
-    places = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in TORCH_DTYPES:
-            raise InputError(
-                f"{path}: {name} has dtype {entry['dtype']}; quantised and integer weights are not supported, "
-                f"only {', '.join(TORCH_DTYPES)}"
-            )
-        first, last = entry["data_offsets"]
-        dtype, shape = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        start, num_bytes = 8 + header_size + first, last - first
-        if num_bytes != math.prod(shape) * ITEM_SIZE[dtype] or start + num_bytes > size:
-            raise InputError(f"{path}: {name} lies outside the file ({size} bytes); it is cut off, download it again")
-        places[name] = TensorPlace(path, start, num_bytes, dtype, shape)
-    return places
+    try:
+        return {
+            name: _place(path, size, 8 + header_size, name, entry)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
+        raise InputError(f"{path}: its safetensors header is malformed ({err!r}); download it again") from err
+
+
+def _place(path: Path, size: int, data_start: int, name: str, entry: dict[str, Any]) -> TensorPlace:
+    if entry["dtype"] not in TORCH_DTYPES:
+        raise InputError(
+            f"{path}: {name} has dtype {entry['dtype']}; quantised and integer weights are not supported, "
+            f"only {', '.join(TORCH_DTYPES)}"
+        )
+    first, last = entry["data_offsets"]
+    dtype, shape = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"])
+    start, num_bytes = data_start + first, last - first
+    if num_bytes != math.prod(shape) * ITEM_SIZE[dtype] or first < 0 or start + num_bytes > size:
+        raise InputError(f"{path}: {name} lies outside the file ({size} bytes); it is cut off, download it again")
+    return TensorPlace(path, start, num_bytes, dtype, shape)
 
 
 def find_tensors(folder: Path) -> dict[str, TensorPlace]:

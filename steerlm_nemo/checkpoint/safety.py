@@ -15,6 +15,7 @@ import io
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -212,7 +213,7 @@ def load_torch_file(file: IO[bytes], where: str) -> Any:
                     if "/data/" in name:
                         check_pickled_bytes(archive.read(name), where)
             return result
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as err:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error) as err:
         raise CheckpointError(f"{where}: damaged: {err}") from err
 
 

@@ -71,7 +71,7 @@ def sentencepiece_facts(data: bytes, where: str) -> dict[str, Any]:
 
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except RuntimeError as err:
+    except (RuntimeError, UnicodeDecodeError) as err:  # the latter while reporting a damaged piece
         raise InputError(f"{where}: not a SentencePiece model ({err})") from err
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
     pieces = {name: model.id_to_piece(piece_id) if piece_id >= 0 else None for name, piece_id in ids.items()}

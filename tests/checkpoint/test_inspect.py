@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -135,3 +136,18 @@ def test_a_tokenizer_that_is_not_packed_is_damage(llama_nemo: Path, tmp_path: Pa
     (staged / "model_config.yaml").write_text(config.replace("nemo:tokenizer.model", "/home/somebody/tokenizer.model"))
     facts = inspect_nemo(staged, verify=False)
     assert any("'/home/somebody/tokenizer.model' of model_config.yaml is not in it" in text for text in facts["damage"])
+
+
+def test_no_flipped_byte_ends_in_a_traceback(llama_nemo: Path, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    whole = llama_nemo.read_bytes()
+    path = tmp_path / "model.nemo"
+    num_damaged = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(chance.choice([1, 3, 10])):
+            near = chance.choice([0, len(data) - 20_000])  # headers, config and tokenizer; index and common.pt
+            data[near + chance.randrange(20_000)] = chance.randrange(256)
+        path.write_bytes(data)
+        num_damaged += bool(inspect_nemo(path, verify=False)["damage"])
+    assert num_damaged > 30
