@@ -31,6 +31,7 @@ logger = logging.getLogger("steerlm_nemo.serving")
 # prompt is a decoding step of its own.
 MAX_LENGTH_SPREAD = 16
 MAX_ROWS = 128
+_FAILED = -1  # no token id
 _IDLE_TIMEOUT = timedelta(days=365)  # followers wait for work without limit; a dead rank 0 closes their connection
 
 
@@ -193,12 +194,18 @@ def _decode(forward: Any, samples: Sequence[Sample], info: ModelInfo, device: to
         positions = torch.arange(start, end, device=device).expand(len(rows), end - start)
         logits_BSV = forward(tokens, positions, context)
         context.sequence_len_offset += end - start
-        drawn = torch.zeros(len(rows), dtype=torch.int64)
+        drawn = torch.full((len(rows),), _FAILED, dtype=torch.int64)
+        error: Exception | None = None
         if is_first:
-            drawn = torch.tensor([_next_token(row, end, logits_BSV[i, -1], info) for i, row in enumerate(rows)])
+            try:
+                drawn = torch.tensor([_next_token(row, end, logits_BSV[i, -1], info) for i, row in enumerate(rows)])
+            except Exception as err:  # the other ranks wait for what rank 0 drew, and must hear that it drew nothing
+                error = err
         if dist.get_world_size() > 1:
             drawn = drawn.to(device)
             dist.broadcast(drawn, src=0)
+        if drawn[0] == _FAILED:
+            raise RuntimeError(f"rank 0 could not draw a token: {error}") from error
         for row, token, logits_SV in zip(rows, drawn.tolist(), logits_BSV, strict=True):
             _advance(row, token, start, end, logits_SV if wants_prompt_logprob and is_first else None, info)
         if all(row.finish_reason for row in rows):

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo
+from steerlm_nemo.checkpoint.tokenizer_files import localise_tokenizer
 from steerlm_nemo.checkpoint.tokenizers import load_tokenizer
 from steerlm_nemo.compat import Capabilities, prepare, quiet_logs
 from steerlm_nemo.errors import CheckpointError, ConfigError
@@ -78,7 +79,7 @@ def load_for_inference(path: str | Path, tensor_model_parallel_size: int = 1, pr
     from steerlm_nemo.compat.model_config import for_this_machine
 
     with open_nemo(path) as nemo:
-        config = OmegaConf.create(nemo.config)
+        config = OmegaConf.create(localise_tokenizer(nemo.config, nemo.dir))
         if not config.get("mcore_gpt"):
             raise CheckpointError(f"{path}: mcore_gpt is not true; only Megatron Core GPT checkpoints can be served")
         with open_dict(config):

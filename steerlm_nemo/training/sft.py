@@ -19,6 +19,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config, write_nemo
+from steerlm_nemo.checkpoint.safety import check_directory
+from steerlm_nemo.checkpoint.tokenizer_files import localise_tokenizer
 from steerlm_nemo.checkpoint.tokenizers import load_tokenizer, read_artifacts
 from steerlm_nemo.compat import prepare, quiet_logs
 from steerlm_nemo.config import printable
@@ -46,6 +48,8 @@ def run(cfg: DictConfig) -> None:
     """
     is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     log_dir = Path(cfg.exp_manager.explicit_log_dir)
+    for checkpoint in log_dir.glob("checkpoints/*-last"):
+        check_directory(checkpoint)  # NeMo unpickles what it resumes from
     capabilities = prepare()
     quiet_logs(verbose=bool(cfg.get("verbose", False)))
     if is_first:
@@ -81,6 +85,8 @@ def run(cfg: DictConfig) -> None:
     logger = CustomLoggerWrapper(ptl_trainer.loggers)
 
     with open_nemo(cfg.model.restore_from_path) as nemo:
+        with open_dict(cfg.model):
+            cfg.model.tokenizer = localise_tokenizer(nemo.config, nemo.dir)["tokenizer"]
         model = load_from_nemo(GPTSFTModel, cfg.model, ptl_trainer, strict=True, restore_path=str(nemo.dir))
         tokenizer = load_tokenizer(nemo)
         artifacts = read_artifacts(nemo)

@@ -82,6 +82,8 @@ import torch.distributed as dist
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
 from megatron.core import parallel_state
 parallel_state.initialize_model_parallel()
+from megatron.core import tensor_parallel
+tensor_parallel.model_parallel_cuda_manual_seed(1)  # mcore forks this generator even without dropout
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig

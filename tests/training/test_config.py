@@ -45,7 +45,9 @@ def test_the_defaults_run_and_take_the_context_of_the_checkpoint(good: list[str]
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"unknown config key trainer.sft.max_step; did you mean trainer.sft.max_steps"):
+    with pytest.raises(
+        ConfigError, match=r"unknown config key trainer.sft.max_step; did you mean trainer.sft.max_steps"
+    ):
         load_config(["trainer.sft.max_step=3"], "gpt_sft")
 
 

@@ -127,7 +127,7 @@ def test_the_tutorials_own_arguments_train_under_torchrun(
     exp_manager.wandb_logger_kwargs.name=value exp_manager.resume_if_exists=True
     exp_manager.resume_ignore_no_checkpoint=True exp_manager.create_checkpoint_callback=True
     exp_manager.checkpoint_callback_params.monitor=val_loss
-    """.split()
+    """.split()  # noqa: SIM905
     paths = [
         f"model.restore_from_path={base_nemo}",
         f"model.data.train_ds.file_path={records['train']}",

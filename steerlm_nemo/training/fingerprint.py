@@ -1,0 +1,54 @@
+"""What identifies a run, so that a run is only ever resumed as itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from steerlm_nemo.attributes import digest_of
+from steerlm_nemo.errors import ConfigError
+
+
+def fingerprint(cfg: DictConfig) -> dict[str, Any]:
+    """What must not change between a run and its resumption."""
+    data = cfg.model.data
+    return {
+        "train_file": file_identity(data.train_ds.file_path),
+        "restore_from_path": str(Path(cfg.model.restore_from_path).resolve()),
+        "record_type": data.record_type,
+        "template": OmegaConf.to_container(data.chat_prompt_tokens),
+        "attribute_schema": data.attribute_schema,
+        "global_batch_size": data.train_ds.global_batch_size,
+        "seed": cfg.model.seed,
+    }
+
+
+def file_identity(path: str) -> dict[str, Any]:
+    """Path, size and a digest of the first mebibyte."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 20)
+    return {"path": str(Path(path).resolve()), "bytes": os.path.getsize(path), "head": digest_of({"h": head.hex()})}
+
+
+def refuse_foreign_resume(cfg: DictConfig) -> None:
+    """Resuming somebody else's run would end at once, or go on with other data (D-04).
+
+    Raises:
+        ConfigError: the log folder holds a run that differs; both sides are shown.
+    """
+    log_dir = Path(cfg.exp_manager.explicit_log_dir)
+    run_file = log_dir / "checkpoints" / "run.json"
+    if not run_file.is_file() or not cfg.exp_manager.resume_if_exists:
+        return
+    before, now = json.loads(run_file.read_text()), json.loads(json.dumps(fingerprint(cfg)))
+    differing = [key for key in now if before.get(key) != now[key]]
+    if differing:
+        sides = "\n".join(f"  {key}: that run {before.get(key)!r}, this one {now[key]!r}" for key in differing)
+        raise ConfigError(
+            f"{log_dir} holds another run, which cannot be resumed with this config:\n{sides}\n"
+            "Give this run its own exp_manager.explicit_log_dir, or delete that folder."
+        )
