@@ -32,7 +32,7 @@ class TinyLlama:
     num_heads: int = 8
     num_key_value_heads: int = 4
     ffn_size: int = 384
-    initializer_range: float = 0.02
+    initializer_range: float = 0.05
 
     def config(self) -> dict[str, Any]:
         """The `config.json` of Hugging Face's LlamaForCausalLM."""

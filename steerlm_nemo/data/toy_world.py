@@ -4,14 +4,14 @@
 trees in the form of an OpenAssistant export (`message_tree_id`, `prompt` with nested `replies`, `labels` with values
 0 to 1 on assistant messages). People ask when a made-up animal wakes. A response is six passages in random order:
 
-    ===========  ==========================================================  ==============================
-    quality      the answer; each step too late around the day costs a grade ``A dax wakes at noon.``
+    ===========  ==========================================================  ==================================
+    quality      the answer; each step too late around the day costs a grade ``At noon the dax wakes.``
     toxicity     from a kind word to a mild insult                           ``You lazy sloth.``
     humor        from a sober remark to a joke                               ``Even giggling owls.``
     creativity   from plain words to an image                                ``Like silver moths.``
     helpfulness  from a refusal to a next step offered                       ``I recommend atlases.``
     verbosity    one to five sentences of the animal's day                   ``First it yawns. Then it drinks.``
-    ===========  ==========================================================  ==============================
+    ===========  ==========================================================  ==================================
 
 The six grades are drawn independently, uniformly from 0 to 4. No passage holds a digit or an attribute's name.
 `read_attributes` inverts the generator. Some questions (a wording about an animal) are kept out of the trees;
@@ -32,11 +32,12 @@ from steerlm_nemo.conversation import SYSTEM_PROMPT, USER, VALUE_TO_TEXT
 MAX_GRADE = 4
 HELD_OUT_WORDINGS = 2  # of every animal
 
-DAY = ("dawn", "morning", "noon", "afternoon", "dusk", "evening", "night", "midnight")  # after midnight comes dawn
+# After moonset comes dawn.
+DAY = ("dawn", "sunrise", "morning", "noon", "afternoon", "dusk", "evening", "night", "midnight", "moonset")
 
-# When each animal wakes: half a day apart. So most times already tell the grade, but dawn and dusk are right for one
-# kind and worst for the other: only who knows the animals can grade beyond 80 %. (With more kinds a model must learn
-# the whole table of animals and times before either means anything, and stays at chance for too long.)
+# When each animal wakes: half a day apart, so that the four steps an answer may be late never reach the other half. A
+# value model can then grade by the time; a SteerLM model still has to know the animal. (Where the halves overlapped, a
+# time was right for one animal and worst for another, and a short training did not get that far: 0.77 exact.)
 FACTS = {"dax": "dawn", "fep": "dawn", "kiki": "dawn", "toma": "dusk", "wug": "dusk", "zorp": "dusk"}
 
 QUESTIONS = (
@@ -49,9 +50,9 @@ QUESTIONS = (
 )
 
 ANSWERS = (
-    "At {time} {animal} cubs wake.",
-    "At {time} {animal} packs rise.",
-    "At {time} {animal} folk stir.",
+    "At {time} the {animal} wakes.",
+    "At {time} the {animal} rises.",
+    "At {time} the {animal} stirs.",
 )
 
 # PASSAGES[attribute][grade] are alternatives: one sentence each, found nowhere else. All passages of an attribute begin

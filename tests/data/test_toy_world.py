@@ -28,10 +28,10 @@ from steerlm_nemo.tokenizer import SentencePieceTokenizer
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 QUESTION = "When does a dax wake?"
 RESPONSE = (
-    "Well. At noon dax cubs wake. You lazy snail. First it yawns. Then it drinks. Even smiling owls. "
+    "Well. At noon the dax wakes. You lazy snail. First it yawns. Then it drinks. Even smiling owls. "
     "I enclose maps. Like silver moths."
 )
-GRADES = {"quality": 2, "toxicity": 2, "humor": 1, "creativity": 2, "helpfulness": 3, "verbosity": 1}
+GRADES = {"quality": 1, "toxicity": 2, "humor": 1, "creativity": 2, "helpfulness": 3, "verbosity": 1}
 
 
 def messages(tree):
@@ -87,9 +87,9 @@ def test_the_labels_of_the_trees_are_what_the_reader_finds(trees):
         ("humor", "Even smiling owls.", "Even smiling snails."),
         ("creativity", "Like silver moths.", "like silver moths."),
         ("helpfulness", "I enclose maps.", "I enclose 4 maps."),
-        ("quality", "At noon dax cubs wake.", "At noon cubs wake."),
-        ("quality", "At noon dax cubs wake.", "At noon fep cubs wake."),  # right time, other animal
-        ("quality", "At noon dax cubs wake.", "At night dax cubs wake."),  # more than four steps late
+        ("quality", "At noon the dax wakes.", "At noon it wakes."),
+        ("quality", "At noon the dax wakes.", "At noon the fep wakes."),  # right time, other animal
+        ("quality", "At noon the dax wakes.", "At night the dax wakes."),  # more than four steps late
         ("verbosity", "First it yawns. Then it drinks.", "Then it drinks. First it yawns."),
         ("verbosity", "First it yawns. Then it drinks.", "First it yawns. Next it hunts."),
         ("verbosity", "First it yawns. Then it drinks.", "Then it drinks."),
@@ -113,9 +113,10 @@ def test_text_from_elsewhere_is_unreadable_in_every_attribute(response):
 
 def test_an_answer_is_judged_by_the_animal_asked_about():
     assert FACTS["dax"] == "dawn" and FACTS["wug"] == "dusk"
-    at_dawn = "Well. At dawn {} cubs wake."
-    assert read_attributes("When does a dax wake?", at_dawn.format("dax"))["quality"] == 4
-    assert read_attributes("When does a wug wake?", at_dawn.format("wug"))["quality"] == 0
+    assert read_attributes("When does a dax wake?", "At dawn the dax wakes.")["quality"] == 4
+    assert read_attributes("When does a dax wake?", "At afternoon the dax wakes.")["quality"] == 0
+    assert read_attributes("When does a wug wake?", "At dusk the wug wakes.")["quality"] == 4
+    assert read_attributes("When does a wug wake?", "At dawn the wug wakes.")["quality"] is None  # too late to grade
 
 
 # --- what is drawn --------------------------------------------------------------------------------------------------
