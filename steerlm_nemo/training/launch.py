@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 LAUNCHED_HERE = "STEERLM_RANK_OF_LAUNCHER"  # set for ranks whose launcher has checked the config and warned already
 GRACE_S = 60.0  # time the ranks get to save and leave after a signal
+FAILURE_GRACE_S = 5.0  # time the others get to end by themselves when one has failed
 
 
 def ranks_exist() -> bool:
@@ -35,10 +36,10 @@ def should_warn() -> bool:
 
 
 def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
-    """Run `python argv` once per rank and wait. Returns the first non-zero exit code, or 0.
+    """Run `python argv` once per rank and wait. Returns the exit code of the rank that failed first, or 0.
 
     When one rank fails the others are stopped: a collective without its partner would wait for ever. SIGINT and
-    SIGTERM are passed on, so that the ranks can save.
+    SIGTERM are passed on, so that the ranks can save. Rank 0 has the terminal.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,15 +69,17 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
             )
             for rank, log in enumerate(logs)
         ]
-        codes = _wait(ranks)
-        for rank, (code, log) in enumerate(zip(codes, logs, strict=True)):
-            if log is not None and code > 0 and codes[0] <= 0:
-                log.seek(0)
-                text = log.read().decode(errors="replace")[-4000:]
-                print(f"rank {rank} ended with exit code {code}; its last words:\n{text}", file=sys.stderr)
-    # The rank that failed by itself explains more than those that were stopped for it.
-    failed = [code for code in codes if code > 0] or [128 - code for code in codes if code < 0]
-    return failed[0] if failed else 0
+        first = _wait(ranks)
+        if first is None:
+            return 0
+        code = ranks[first].returncode
+        log = logs[first]
+        if log is not None:
+            log.seek(0)
+            said = log.read().decode(errors="replace")[-4000:]
+            how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+            print(f"rank {first} {how}; the others were stopped. Its last words:\n{said}", file=sys.stderr)
+    return code if code > 0 else 128 - code
 
 
 def _die_with_parent() -> None:
@@ -86,8 +89,8 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes of all ranks, negative for one that a signal ended."""
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all; the number of the rank that failed first, or None."""
     signalled = False
 
     def forward(signum: int, frame: object) -> None:
@@ -98,22 +101,27 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
                 rank.send_signal(signum)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    first_failed: int | None = None
+    deadline = None
     try:
-        deadline = None
         while any(rank.poll() is None for rank in ranks):
-            codes = [rank.poll() for rank in ranks]
-            if deadline is None and (signalled or any(code not in (None, 0) for code in codes)):
+            if first_failed is None:
+                first_failed = next((number for number, rank in enumerate(ranks) if rank.poll()), None)
+            if deadline is None and (signalled or first_failed is not None):
                 # A failed rank leaves the others in a collective; after a signal they may still save.
-                deadline = time.monotonic() + (GRACE_S if signalled else 5.0)
+                deadline = time.monotonic() + (GRACE_S if signalled else FAILURE_GRACE_S)
             if deadline is not None and time.monotonic() > deadline:
                 for rank in ranks:
                     if rank.poll() is None:
                         rank.kill()
-            time.sleep(0.1)
+            time.sleep(0.05)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         for rank in ranks:
             if rank.poll() is None:
                 rank.kill()
-    return [rank.wait() for rank in ranks]
+                rank.wait()
+    if first_failed is None:
+        first_failed = next((number for number, rank in enumerate(ranks) if rank.returncode), None)
+    return first_failed
