@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from steerlm_nemo.errors import ConfigError
@@ -21,7 +22,7 @@ def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
     """Compose a config of nemo_configs/ with the overrides of the command line.
 
     Raises:
-        ConfigError: no such config, an override that does not parse, or an unknown key (the nearest is named).
+        ConfigError: no such config, YAML or an override that does not parse, or an unknown key (the nearest is named).
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -47,6 +48,8 @@ def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
             return compose(config_name=name, overrides=overrides)
     except HydraException as err:
         raise ConfigError(_explain(err, directory / f"{name}.yaml", overrides)) from err
+    except yaml.YAMLError as err:
+        raise ConfigError(f"config {name} of {directory} is not valid YAML: {' '.join(str(err).split())}") from err
 
 
 def _explain(err: Exception, path: Path, overrides: Sequence[str]) -> str:

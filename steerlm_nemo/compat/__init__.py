@@ -35,7 +35,12 @@ def prepare() -> Capabilities:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         importlib.import_module("nemo.collections.nlp")
+        from nemo.utils import logging as nemo_logging
+
+        level = nemo_logging.getEffectiveLevel()
+        nemo_logging.setLevel(logging.ERROR)  # importing Aligner logs a line about TensorRT
         importlib.import_module("nemo_aligner")
+        nemo_logging.setLevel(level)
     except ImportError as err:
         raise CompatError(
             f"the training stack cannot be imported ({err}). Run `make setup`, or: pip install 'steerlm-nemo[cpu]'"

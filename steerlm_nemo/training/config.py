@@ -143,8 +143,8 @@ def check_schedule(cfg: DictConfig, num_steps: int) -> None:
     if sched.warmup_steps + sched.constant_steps >= num_steps:
         raise ConfigError(
             f"model.optim.sched: warmup_steps {sched.warmup_steps} + constant_steps {sched.constant_steps} leave no "
-            f"step of the {num_steps} for the cosine; the rate would drop to min_lr after warm-up. constant_steps is a "
-            "tail at min_lr: set model.optim.sched.constant_steps=0"
+            f"step of the {num_steps} for the cosine; the rate would drop to min_lr after warm-up. Lower "
+            "warmup_steps, and set constant_steps=0: it is a tail at min_lr"
         )
 
 

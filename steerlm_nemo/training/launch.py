@@ -74,7 +74,7 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
             return 0
         code = ranks[first].returncode
         log = logs[first]
-        if log is not None:
+        if log is not None and ranks[0].returncode <= 0:  # else rank 0 has said why itself
             log.seek(0)
             said = log.read().decode(errors="replace")[-4000:]
             how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"

@@ -1,0 +1,106 @@
+"""The README's commands are run, and what it points to exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Enough to show that the step works; what a full training reaches is measured by `make demo`.
+SHORT_TRAINING = " trainer.sft.max_steps=30 trainer.sft.val_check_interval=15"
+HURRY = {"train_gpt_sft.py": SHORT_TRAINING}
+
+
+def block(name: str) -> list[str]:
+    """The commands of the fenced block ```sh NAME."""
+    found = re.search(rf"^```sh {name}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert found, f"README has no block {name}"
+    return [line for line in found[1].splitlines() if line and not line.startswith("#")]
+
+
+def test_paths_and_targets_it_names_exist() -> None:
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    tree = README.split("## What is where")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", tree, re.MULTILINE)
+    assert len(cells) > 5
+    for cell in cells:
+        folder = ROOT
+        for name in re.findall(r"[\w./]+", cell):
+            path = ROOT / name if (ROOT / name).exists() else folder / name
+            assert path.exists(), cell
+            folder = path if path.is_dir() and "/" in name else path.parent
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE))
+    assert named and named <= targets
+
+
+def test_make_help_lists_every_target() -> None:
+    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE):
+        assert re.search(rf"^  {target} ", result.stdout, re.MULTILINE), target
+
+
+def run(command: str, folder: Path, env: dict[str, str]) -> str:
+    result = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
+
+
+def wait_until_healthy(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 180
+    while True:
+        assert server.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_flow_runs_as_printed(tmp_path: Path) -> None:
+    """Both models trained on two ranks, both servers, the clients and the way back to Hugging Face."""
+    pytest.importorskip("nemo_aligner", reason="needs the training stack: nemo_toolkit, megatron-core, nemo-aligner")
+    env = {
+        **os.environ,
+        "SCRIPTS": str(ROOT / "scripts"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    servers: list[subprocess.Popen[bytes]] = []
+    try:
+        for command in block("flow"):
+            command += next((extra for script, extra in HURRY.items() if script in command), "")
+            if not command.endswith("&"):
+                run(command, tmp_path, env)
+                continue
+            port = int(re.search(r"port=(\d+)", command)[1])  # type: ignore[index]
+            log = tmp_path / f"server{port}.log"
+            with log.open("wb") as file:
+                server = subprocess.Popen(
+                    ["bash", "-c", f"exec {command.removesuffix('&')}"], cwd=tmp_path, env=env, stdout=file, stderr=file
+                )
+            servers.append(server)
+            wait_until_healthy(port, server, log)
+        answers = [json.loads(run(command, tmp_path, env)) for command in block("server")]
+        assert answers[0]["sentences"][0].startswith("Hello")
+        assert answers[2]["record_type"] == "VALUE_TO_TEXT"
+    finally:
+        for server in servers:
+            server.terminate()
+        codes = [server.wait(timeout=90) for server in servers]
+    assert codes == [0, 0]
+    assert (tmp_path / "steerlm-hf" / "config.json").is_file()
+    graded = [json.loads(line) for line in (tmp_path / "v2t_train.jsonl").read_text().splitlines()]
+    assert graded and all(record["type"] == "VALUE_TO_TEXT" for record in graded)
