@@ -28,7 +28,7 @@ class TinyLlama:
     vocab_size: int
     max_position: int
     hidden_size: int = 128
-    num_layers: int = 4
+    num_layers: int = 3
     num_heads: int = 8
     num_key_value_heads: int = 4
     ffn_size: int = 384
