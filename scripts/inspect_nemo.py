@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from steerlm_nemo.errors import EXIT_BAD_INPUT, exit_with_message
+from steerlm_nemo.errors import EXIT_BAD_INPUT, InputError, exit_with_message
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from steerlm_nemo.checkpoint.inspect import inspect_nemo, render
 
+    if not args.nemo.exists():
+        raise InputError(f"{args.nemo}: no such file or folder; give a .nemo file or an extracted one")
     facts = inspect_nemo(args.nemo, args.verify)
     print(json.dumps(facts, indent=2, default=str) if args.json else render(facts))
     if facts["damage"]:

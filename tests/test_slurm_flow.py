@@ -162,23 +162,24 @@ def test_what_must_be_set_is_asked_for_by_name(cluster: Cluster, name: str) -> N
 def test_the_whole_flow_runs_on_two_ranks_and_makes_both_models(cluster: Cluster) -> None:
     shutil.rmtree(cluster.llama)
     world = cluster.trees.parent / "world"
-    for command in (
-        ["make_toy_world.py", "--output_dir", world, "--num_trees", "6"],
-        ["make_tiny_llama.py", "--trees_file", world / "trees.jsonl.gz", "--output_dir", cluster.llama]
-        + ["--vocab_size", "768", "--max_position", "512"],
+    for script, *flags in (
+        ["make_toy_world.py", f"--output_dir={world}", "--num_trees=6"],
+        [
+            "make_tiny_llama.py",
+            f"--trees_file={world}/trees.jsonl.gz",
+            f"--output_dir={cluster.llama}",
+            "--vocab_size=768",
+        ],
     ):
-        subprocess.run([sys.executable, ROOT / "scripts" / command[0], *command[1:]], check=True, capture_output=True)
+        subprocess.run([sys.executable, ROOT / "scripts" / script, *flags], check=True, capture_output=True)
     settings = [
         "trainer.sft.max_steps=2",
         "trainer.sft.val_check_interval=2",
         "trainer.sft.limit_val_batches=1",
         "model.data.attribute_schema=nemo12+lang",
         "model.optim.sched.warmup_steps=1",
-        *(
-            f"model.data.{part}_ds.{size}_batch_size=4"
-            for part in ("train", "validation")
-            for size in ("global", "micro")
-        ),
+        *(f"model.data.train_ds.{size}_batch_size=4" for size in ("global", "micro")),
+        *(f"model.data.validation_ds.{size}_batch_size=1" for size in ("global", "micro")),
     ]
     trees = str(world / "trees.jsonl.gz")
     result = cluster.run(TREES=trees, CONFIG="toy", SEQ_LEN="320", TRAIN_ARGS=" ".join(settings), OMP_NUM_THREADS="1")

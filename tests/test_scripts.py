@@ -1,0 +1,106 @@
+"""Every script explains itself at once, and says in one message that its input is not there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+HEAVY = {"torch", "nemo", "nemo_aligner", "megatron", "lightning", "transformers", "tensorflow", "hydra", "omegaconf"}
+
+# Arguments that are complete, but name an input that does not exist ({missing}) beside a free output ({out}).
+MISSING_INPUT = {
+    "attribute_annotate": "--input_file_name={missing} --output_file_name={out}",
+    "convert_hf_llama_to_nemo": "--in-file={missing} --out-file={out}",
+    "convert_nemo_to_hf_llama": "--in-file={missing} --out-file={out}",
+    "data_clean": "--dataset_file={missing} --output_file={out} --library=sentencepiece --model_file={missing}",
+    "demo": "--data={missing} --output_dir={out}",
+    "inspect_nemo": "{missing}",
+    "make_tiny_llama": "--trees_file={missing} --output_dir={out}",
+    "megatron_gpt_eval": "gpt_model_file={missing} server=True",
+    "plan_steering": "--prompts_file={missing} --output_file={out}",
+    "preprocessing": "--input_file={missing} --output_file_prefix={out}",
+    "report": "--graded_file={missing} --graded_responses_file={missing} --output_dir={out}",
+    "steered_inference": "--input_file={missing} --output_file={out}",
+    "train_gpt_sft": "model.restore_from_path={missing} model.data.train_ds.file_path={missing} "
+    "model.data.validation_ds.file_path={missing} exp_manager.explicit_log_dir={out}",
+}
+NO_INPUT = {"make_toy_world"}  # makes its data from a seed
+
+
+def run(script: Path, *args: str, python: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *python, script, *args]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+
+
+def imported(importtime: str) -> set[str]:
+    """Top-level names of all modules in the report of `python -X importtime`."""
+    return {
+        name.split(".")[0] for name in re.findall(r"^import time:[^|]+\|[^|]+\|\s*([\w.]+)", importtime, re.MULTILINE)
+    }
+
+
+def test_every_script_is_covered_here() -> None:
+    assert {script.stem for script in SCRIPTS} == set(MISSING_INPUT) | NO_INPUT
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_help_answers_without_the_heavy_imports(script: Path) -> None:
+    result = run(script, "--help", python=("-X", "importtime"), PAGER="cat")
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + "\n".join(line for line in result.stderr.splitlines() if not line.startswith("import time:"))
+    assert len(said) > 200
+    modules = imported(result.stderr)
+    assert "steerlm_nemo" in modules
+    assert modules & HEAVY == set()
+
+
+def test_a_heavy_import_would_be_seen(tmp_path: Path) -> None:
+    """Control of the test above, also for an import that is swallowed."""
+    (tmp_path / "torch.py").touch()
+    (tmp_path / "script.py").write_text("try:\n    import torch\nexcept ImportError:\n    pass\n")
+    result = run(tmp_path / "script.py", python=("-X", "importtime"))
+    assert imported(result.stderr) & HEAVY == {"torch"}
+
+
+@pytest.mark.parametrize("script", sorted(MISSING_INPUT))
+def test_a_missing_input_is_one_message_and_leaves_nothing(script: str, tmp_path: Path) -> None:
+    missing, out = tmp_path / "not_there.jsonl", tmp_path / "out"
+    args = MISSING_INPUT[script].format(missing=missing, out=out).split()
+    result = run(ROOT / "scripts" / f"{script}.py", *args)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("error: ") == 1, result.stderr
+    assert str(missing) in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", sorted(MISSING_INPUT))
+def test_the_wrong_kind_of_file_is_one_message(script: str, tmp_path: Path) -> None:
+    """A folder where a file belongs, and a file of noise where a folder or a `.nemo` belongs."""
+    given = tmp_path / "given"
+    if script == "convert_hf_llama_to_nemo":
+        given.write_bytes(os.urandom(64))
+    else:
+        given.mkdir()
+    args = MISSING_INPUT[script].format(missing=given, out=tmp_path / "out").split()
+    result = run(ROOT / "scripts" / f"{script}.py", *args)
+    assert result.returncode == 2, result.stderr
+    # What is wrong with a file is what inspect_nemo reports, so there it is no error.
+    message = result.stdout.partition("\nDAMAGE\n")[2] if script == "inspect_nemo" else result.stderr
+    assert message.startswith("  " if script == "inspect_nemo" else "error: ")
+    assert str(given) in message
+    assert "Traceback" not in result.stdout + result.stderr
+    assert list(tmp_path.iterdir()) == [given]
+
+
+def test_a_folder_cannot_be_made_where_a_file_is(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run(ROOT / "scripts" / "make_toy_world.py", f"--output_dir={tmp_path}/file")
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and f"{tmp_path}/file" in result.stderr
