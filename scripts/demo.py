@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerlm_nemo.errors import exit_with_message
+from steerlm_nemo.errors import InputError, exit_with_message
 
 if TYPE_CHECKING:
     from steerlm_nemo.stages import Stage
@@ -88,12 +88,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from steerlm_nemo.records import require_file
-    from steerlm_nemo.stages import Flow
+    from steerlm_nemo.stages import STATE_FILE, Flow
 
     if args.data is not None:
         require_file(args.data)
-    if args.fresh:
-        shutil.rmtree(args.output_dir, ignore_errors=True)
+    if args.fresh and args.output_dir.exists():
+        if not (args.output_dir / STATE_FILE).is_file():
+            raise InputError(f"--fresh would delete {args.output_dir}, which no earlier run of this program made")
+        shutil.rmtree(args.output_dir)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way of stopping ends the servers, too
     flow = Flow(args.output_dir)
     for stage in stages(args):

@@ -27,10 +27,12 @@ from typing import IO, Any
 
 from steerlm_nemo.errors import InputError, SteerLMError
 from steerlm_nemo.records import atomic_output
+from steerlm_nemo.training.launch import die_with_parent
 
 SERVER_START_S = 300.0
 STOP_GRACE_S = 70.0  # more than the ranks of a training get to save
 LAST_LINES = 20
+STATE_FILE = "state.json"
 PORT = "{port}"  # in a command: the port of the stage's server
 
 
@@ -75,7 +77,7 @@ class Flow:
     def __init__(self, folder: Path, show: IO[str] = sys.stdout) -> None:
         self._folder = folder
         self._show = show
-        self._state_file = folder / "state.json"
+        self._state_file = folder / STATE_FILE
         self._state: dict[str, dict[str, Any]] = {}
         if self._state_file.is_file():
             self._state = json.loads(self._state_file.read_text(encoding="utf-8"))
@@ -86,11 +88,17 @@ class Flow:
 
         Raises:
             StageError: a command failed.
+            InputError: the stage's folder holds something else.
             KeyboardInterrupt: after every process of the stage has ended.
         """
         fingerprint = stage.fingerprint()
-        entry = self._state.get(stage.name, {})
-        if entry.get("fingerprint") == fingerprint:
+        entry = self._state.get(stage.name)
+        if entry is None and stage.folder.exists():
+            raise InputError(
+                f"{stage.folder} is there, but no earlier run made it; stage {stage.name} would clear it. "
+                "Give another output folder, or move it away."
+            )
+        if entry is not None and entry["fingerprint"] == fingerprint:
             if entry["done"] and all(path.is_file() for path in stage.outputs):
                 self.seconds |= entry["seconds"]
                 self._print(f"[{stage.name}] done before ({sum(entry['seconds'].values()):.0f} s)")
@@ -98,10 +106,10 @@ class Flow:
         else:
             shutil.rmtree(stage.folder, ignore_errors=True)
             entry = {"fingerprint": fingerprint, "seconds": {}}
-        stage.folder.mkdir(parents=True, exist_ok=True)
         entry["done"] = False
         self._state[stage.name] = entry
-        self._save()
+        self._save()  # before the folder, which is known as ours by it
+        stage.folder.mkdir(parents=True, exist_ok=True)
         self._print(f"[{stage.name}] ...")
         try:
             self._work(stage, entry["seconds"])
@@ -150,7 +158,9 @@ class Flow:
         with log.open("ab") as file:
             file.write(f"$ {_shell(command, port)}\n".encode())
             file.flush()
-            process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                argv, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent
+            )
             try:
                 yield process
             finally:
@@ -222,10 +232,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout=STOP_GRACE_S)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # in time, too late, or Ctrl-C once more
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _healthy(port: int) -> bool:

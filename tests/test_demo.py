@@ -140,6 +140,15 @@ def test_what_another_command_left_behind_is_cleared_away(world):
     assert (out / "halting" / "progress").read_text() == "1"
 
 
+def test_a_folder_that_no_run_made_is_not_cleared(world, tmp_path):
+    source, out = world
+    (out / "first").mkdir()
+    (out / "first" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="no earlier run made it"):
+        run(out, *two_stages(source, out, tmp_path))
+    assert (out / "first" / "thesis.txt").exists()
+
+
 def test_a_failure_shows_the_last_lines_and_where_the_log_is(world):
     source, out = world
     with pytest.raises(StageError) as caught:
@@ -241,6 +250,21 @@ def test_ctrl_c_lets_the_command_save_stops_the_server_and_the_next_run_goes_on(
     assert state["ask"]["done"] and state["ask"]["seconds"]["serve"] >= 0.6  # both starts are counted
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+def test_a_killed_flow_leaves_no_server_behind(world):
+    source, out = world
+    killed = subprocess.Popen(python(INTERRUPTED, source, out, SERVER.replace("SIGINT", "SIGTERM"), STAY))
+    deadline = time.monotonic() + 60
+    while not (out / "ask" / "started").exists():
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    while not (out / "left").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 # --- the demo itself ------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +305,15 @@ def test_the_first_stages_of_the_demo_run_and_are_skipped_the_next_time(demo, mo
         _, shown = run(tmp_path / "demo", *(stages[name] for name in wanted))
         assert all(f"[{name}] {expected}" in shown for name in wanted)
     assert len((tmp_path / "demo" / "clean" / "t2v_val.jsonl").read_text().splitlines()) > 20
+
+
+def test_fresh_deletes_only_what_the_demo_made(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = subprocess.run(
+        [sys.executable, SCRIPTS / "demo.py", "--fresh", "--output_dir", tmp_path], capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "--fresh would delete" in result.stderr
+    assert (tmp_path / "thesis.txt").exists()
 
 
 def test_data_that_is_not_there_is_told_before_anything_runs(tmp_path):

@@ -65,7 +65,7 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
             for rank, log in enumerate(logs)
         ]
@@ -82,7 +82,8 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
     return code if code > 0 else 128 - code
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Run in a child before its program: SIGTERM it when the parent dies, however that happens (Linux only)."""
     # Without it a killed launcher leaves ranks that hold the port and wait for each other.
     pr_set_pdeathsig = 1
     if sys.platform == "linux":
