@@ -82,6 +82,7 @@ def run(cfg: DictConfig) -> None:
         # The .nemo is written below: NeMo writes it in place, next to whatever lies there (D-33).
         exp_manager_cfg.checkpoint_callback_params.save_nemo_on_train_end = False
     exp_manager(ptl_trainer, exp_manager_cfg)
+    _start_loggers(ptl_trainer.loggers)
     logger = CustomLoggerWrapper(ptl_trainer.loggers)
 
     with open_nemo(cfg.model.restore_from_path) as nemo:
@@ -139,6 +140,19 @@ def run(cfg: DictConfig) -> None:
         _save_nemo(model, config, artifacts, target)
         if is_first:
             print(f"trained {trainer.step} steps in {time.monotonic() - started:.0f} s; wrote {target}", flush=True)
+
+
+def _start_loggers(loggers: list[Any]) -> None:
+    """Open every logger now: a missing login is better learnt before the model is loaded than at the first step."""
+    for logger in loggers:
+        try:
+            _ = logger.experiment
+        except Exception as err:
+            if not type(err).__module__.startswith("wandb"):
+                raise
+            raise ConfigError(
+                f"exp_manager.create_wandb_logger: {err} Log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from err
 
 
 def merge_model_config(base: Mapping[str, Any], override: DictConfig) -> DictConfig:
