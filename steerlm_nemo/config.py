@@ -45,11 +45,27 @@ def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
         OmegaConf.register_new_resolver("multiply", lambda a, b: a * b)
     try:
         with initialize_config_dir(version_base=None, config_dir=str(directory)):
-            return compose(config_name=name, overrides=overrides)
+            # A user's own YAML elsewhere may build on ours: `defaults: [gpt_sft, _self_]`.
+            ours = [f"hydra.searchpath=[file://{CONFIG_DIR}]"]
+            cfg = compose(config_name=name, overrides=[*ours, *overrides])
     except HydraException as err:
         raise ConfigError(_explain(err, directory / f"{name}.yaml", overrides)) from err
     except yaml.YAMLError as err:
         raise ConfigError(f"config {name} of {directory} is not valid YAML: {' '.join(str(err).split())}") from err
+    _refuse_unknown_keys(cfg, directory / f"{name}.yaml", default_name, overrides)
+    return cfg
+
+
+def _refuse_unknown_keys(cfg: DictConfig, path: Path, default_name: str, overrides: Sequence[str]) -> None:
+    """Hydra checks the keys of overrides only: a key misspelt inside a YAML file would just have no effect."""
+    known = set(_all_keys(CONFIG_DIR / f"{default_name}.yaml"))
+    added = tuple(override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+"))
+    for key in _flatten(cfg, ""):
+        is_added = any(f"{key}.".startswith(f"{a}.") or a.startswith(f"{key}.") for a in added)
+        if key not in known and not is_added:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{path}: unknown config key {key}{hint}")
 
 
 def _explain(err: Exception, path: Path, overrides: Sequence[str]) -> str:

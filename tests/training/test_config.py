@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from steerlm_nemo.config import load_config
+from steerlm_nemo.config import CONFIG_DIR, load_config
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.training import config as training_config
 from steerlm_nemo.training.fingerprint import fingerprint, refuse_foreign_resume
@@ -49,6 +49,20 @@ def test_an_unknown_key_names_the_nearest() -> None:
         ConfigError, match=r"unknown config key trainer.sft.max_step; did you mean trainer.sft.max_steps"
     ):
         load_config(["trainer.sft.max_step=3"], "gpt_sft")
+
+
+def test_a_key_misspelt_in_a_users_own_yaml_is_refused(tmp_path: Path) -> None:
+    """Hydra itself merges it in without a word."""
+    text = (CONFIG_DIR / "gpt_sft.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace("    max_epochs: 1\n", "    max_epoch: 2\n    max_epochs: 1\n", 1))
+    options = [f"--config-path={tmp_path}", "--config-name=mine"]
+    with pytest.raises(
+        ConfigError, match=r"mine.yaml: unknown config key trainer.sft.max_epoch; did you mean .*max_epochs"
+    ):
+        load_config(options, "gpt_sft")
+    (tmp_path / "mine.yaml").write_text(text)
+    cfg = load_config([*options, "+trainer.sft.extra.deep=1", "++model.mine=2"], "gpt_sft")
+    assert (cfg.trainer.sft.extra.deep, cfg.model.mine) == (1, 2)
 
 
 def test_an_unquoted_angle_bracket_says_to_quote() -> None:
