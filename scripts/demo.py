@@ -54,7 +54,7 @@ TOY = Sizes(
 _SHORT = (  # a random model of this size learns little from genuine text; the flow is what is shown
     "trainer.sft.max_steps=60",
     "trainer.sft.val_check_interval=30",
-    "model.data.attribute_schema=nemo12+lang",
+    "model.data.attribute_schema=oasst10+lang",
     "model.data.train_ds.max_seq_length=1024",
     "model.data.train_ds.global_batch_size=16",
     "model.data.train_ds.micro_batch_size=4",
@@ -62,7 +62,7 @@ _SHORT = (  # a random model of this size learns little from genuine text; the f
     "model.data.validation_ds.micro_batch_size=4",
 )
 GENUINE = Sizes(
-    schema="nemo12+lang",
+    schema="oasst10+lang",
     vocab_size=2048,
     max_position=1024,
     seq_len=768,

@@ -164,8 +164,15 @@ COMBINED9 = _schema(
 )
 PAPER7 = _schema("paper7", "quality toxicity violence helpfulness creativity humor inappropriateness", maximum=9)
 TOY6 = _schema("toy6", "quality toxicity humor creativity helpfulness verbosity")
+# What the published OASST1 and OASST2 trees are graded on; political_content and moral_judgement are in the early
+# export only. A value model asked for attributes it has never seen answers noise, and slowly.
+OASST10_LANG = _schema(
+    "oasst10+lang",
+    "quality toxicity humor creativity violence helpfulness not_appropriate hate_speech sexual_content fails_task",
+    languages=LANGUAGES,
+)
 
-PRESETS = {schema.name: schema for schema in (NEMO12_LANG, HELPSTEER5, COMBINED9, PAPER7, TOY6)}
+PRESETS = {schema.name: schema for schema in (NEMO12_LANG, HELPSTEER5, COMBINED9, PAPER7, TOY6, OASST10_LANG)}
 
 
 def schema_named(name: str) -> AttributeSchema:
