@@ -86,8 +86,8 @@ class Summary:
         lines = [
             f"{self.num_records} records annotated ({self.num_resumed} of them by an earlier run); "
             f"{c['by_line'] + c['by_slots']} turns: {c['by_line']} by whole line, {c['by_slots']} with "
-            f"{c['slots']} values asked one by one, {c['chosen']} of these set to the likeliest legal value "
-            "because the model's first choice was not legal"
+            f"{c['slots']} values asked one by one; {c['chosen']} values are the likeliest legal one because the "
+            "model's first choice was not legal"
         ]
         if self.agreement:
             lines.append("compared with the labels that were there before:")

@@ -2,8 +2,9 @@
 
 The reference asks one token at a time: `quality:` -> `4`, `quality:4,toxicity:` -> `0`, ... thirteen requests a
 turn. A greedy model that writes the whole line with every key in its place has answered the same questions: each
-value is its most likely token after the same text. So one request is enough, as long as the keys and values come
-out legal; from the first item that does not, the rest of the line is asked slot by slot.
+value is its most likely token after the same text. So one request is enough. Our server walks the line with its keys
+forced and its values chosen among the legal ones (POST /v1/attribute_lines). From another server the line is
+generated freely; from the first item that does not come out legal, the rest is asked slot by slot.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from steerlm_nemo.attributes import Attributes, AttributeSchema
+from steerlm_nemo.errors import InputError, ServerError
 from steerlm_nemo.serving.client import ServerClient
 from steerlm_nemo.template import SteerLMFormat
 
@@ -55,12 +57,24 @@ class LineReader:
         Raises:
             ServerError: see `ServerClient.generate`.
         """
+        if self._mode == "line" and (answers := self._client.attribute_lines(prompts)) is not None:
+            return [(self._legal(line), Counter({"by_line": 1, "chosen": chosen})) for line, chosen in answers]
         lines = [Line(prompt) for prompt in prompts]
         if self._mode == "line":
             self._read_whole(lines)
         for key in self._keys:
             self._read_slot([line for line in lines if key not in dict(line.items)], key)
         return [(Attributes.parse(line.text), self._counts(line)) for line in lines]
+
+    def _legal(self, line: str) -> Attributes:
+        try:
+            attributes = Attributes.parse(line)
+            self._schema.check(attributes)
+        except (ValueError, InputError) as err:
+            raise ServerError(f"{self._client.where} answered {line!r}, which is no attribute line: {err}") from err
+        if tuple(attributes.as_dict()) != self._keys:
+            raise ServerError(f"{self._client.where} answered {line!r}; its attributes must be {', '.join(self._keys)}")
+        return attributes
 
     def _read_whole(self, lines: Sequence[Line]) -> None:
         generation = self._client.generate(

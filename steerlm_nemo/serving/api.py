@@ -4,6 +4,7 @@
     GET /health             model name, readiness, tensor parallel size, number type
     GET /v1/template        markers and attribute schema of the model (the format kept in its checkpoint)
     GET /v1/attributes      the same
+    POST /v1/attribute_lines   {"prompts": [...]} -> full attribute lines of a value model, values always legal
 
 Every error is JSON, `{"message": "..."}`, with a status that says whose fault it is. Bodies are never logged.
 """
@@ -25,8 +26,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from steerlm_nemo.serving.lines import line_answer, line_samples
 from steerlm_nemo.serving.request import BadRequest, GenerateRequest
-from steerlm_nemo.serving.sampling import Completion, Engine, ModelInfo
+from steerlm_nemo.serving.sampling import Completion, Engine, ModelInfo, Sample
 from steerlm_nemo.serving.worker import EngineWorker, QueueFullError
 
 logger = logging.getLogger("steerlm_nemo.serving")
@@ -61,6 +63,18 @@ def build_app(
             if compat and not err.always_400:
                 return _json(str(err))
             raise HTTPException(400, str(err)) from err
+        completions = await complete(request, samples)
+        return await asyncio.to_thread(lambda: _json(_answer(body, completions, info, pad=compat is not None)))
+
+    async def attribute_lines(request: Request) -> Response:
+        try:
+            body = await _json_body(request)
+            samples = await asyncio.to_thread(line_samples, body, info)
+        except BadRequest as err:
+            raise HTTPException(400, str(err)) from err
+        return _json(line_answer(await complete(request, samples), info))
+
+    async def complete(request: Request, samples: Sequence[Sample]) -> list[Completion]:
         request.state.num_rows = len(samples)
         try:
             future = asyncio.wrap_future(worker.submit(samples))
@@ -73,12 +87,11 @@ def build_app(
                 future.cancel()  # frees its place in the queue; a batch already running goes on for the others
                 raise HTTPException(CLIENT_CLOSED_REQUEST, "the client went away")
         try:
-            completions = future.result()
+            return future.result()
         except Exception as err:
             raise HTTPException(
                 500, "the engine failed on this request; the server's log has the reason. Other requests are served."
             ) from err
-        return await asyncio.to_thread(lambda: _json(_answer(body, completions, info, pad=compat is not None)))
 
     async def health(request: Request) -> Response:
         return _json(
@@ -102,6 +115,7 @@ def build_app(
     app = Starlette(
         routes=[
             Route("/generate", generate, methods=["PUT", "POST"]),
+            Route("/v1/attribute_lines", attribute_lines, methods=["POST"]),
             Route("/health", health),
             Route("/v1/template", served_format),
             Route("/v1/attributes", served_format),

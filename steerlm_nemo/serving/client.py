@@ -72,6 +72,30 @@ class ServerClient:
             lambda: Generation(sentences, self._json("PUT", "/generate", body), self.where), self._retries
         )
 
+    def attribute_lines(self, prompts: Sequence[str]) -> list[tuple[str, int]] | None:
+        """A full line per prompt, and how many of its values overrule the model's own, illegal, first choice.
+
+        None where the server does not have this call, as NeMo's own.
+
+        Raises:
+            RequestRefusedError, ServerError: as `generate`.
+        """
+
+        def ask() -> list[tuple[str, int]] | None:
+            response = self._send("POST", "/v1/attribute_lines", {"prompts": list(prompts)})
+            if response.status_code == httpx.codes.NOT_FOUND:
+                return None
+            answer = self._content(response)
+            try:
+                return list(zip(answer["lines"], answer["num_overruled"], strict=True))
+            except (KeyError, TypeError, ValueError) as err:
+                raise ServerError(f"{self.where}/v1/attribute_lines answered something else: {answer!r:.200}") from err
+
+        found = self._with_retries(ask, self._retries)
+        if found is not None and len(found) != len(prompts):
+            raise ServerError(f"{self.where} answered {len(found)} lines for {len(prompts)} prompts")
+        return found
+
     def is_ready(self) -> bool:
         """Does GET /health answer now? One try."""
         try:

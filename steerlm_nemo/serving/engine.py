@@ -129,7 +129,7 @@ class MegatronEngine:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _batches(samples: Sequence[Sample]) -> list[list[int]]:
@@ -159,6 +159,9 @@ class _Row:
     finish_reason: str | None = None
     logprob: list[float] = field(default_factory=list)
     full_logprob: list[list[float]] = field(default_factory=list)
+    step: int = 0  # of the constraint
+    chosen: tuple[int, ...] = ()  # tokens of that step so far
+    num_overruled: int = 0
 
     @property
     def num_generated(self) -> int:
@@ -172,7 +175,20 @@ class _Row:
             finish_reason=self.finish_reason or "length",
             logprob=tuple(self.logprob) if sample.compute_logprob else None,
             full_logprob=self.full_logprob if sample.all_probs else None,
+            num_overruled=self.num_overruled,
         )
+
+    def allowed(self) -> list[int]:
+        """Next tokens the constraint permits."""
+        done = len(self.chosen)
+        return sorted({option[done] for option in self.sample.constraint[self.step] if option[:done] == self.chosen})
+
+    def follow(self, token: int) -> bool:
+        """Take a permitted token. True when the constraint is at its end."""
+        self.chosen += (token,)
+        if self.chosen in self.sample.constraint[self.step]:
+            self.step, self.chosen = self.step + 1, ()
+        return self.step == len(self.sample.constraint)
 
 
 def _decode(forward: Any, samples: Sequence[Sample], info: ModelInfo, device: torch.device) -> list[Completion]:
@@ -228,6 +244,11 @@ def _next_token(row: _Row, end: int, logits_V: torch.Tensor, info: ModelInfo) ->
     sample = row.sample
     logits = logits_V.cpu().clone()
     logits[info.vocab_size :] = -torch.inf  # padding of the vocabulary
+    if sample.constraint:
+        allowed = row.allowed()
+        if len(sample.constraint[row.step]) > 1:
+            row.num_overruled += int(logits.argmax()) not in allowed
+        return allowed[int(logits[allowed].argmax())]
     if row.num_generated < sample.min_tokens_to_generate:
         logits[info.tokenizer.eos_id] = -torch.inf
     if sample.greedy:
@@ -272,6 +293,8 @@ def _advance(row: _Row, token: int, start: int, end: int, logits_SV: torch.Tenso
 
 def _finish_reason(row: _Row, token: int, info: ModelInfo) -> str | None:
     sample = row.sample
+    if sample.constraint:
+        return "stop" if row.follow(token) else None
     if token in sample.stop_ids:
         return "stop"
     if sample.stop_texts:

@@ -29,6 +29,9 @@ class Sample:
     random_seed: int | None = None  # below 2**63
     compute_logprob: bool = False
     all_probs: bool = False
+    # Steps to go through, each a choice among token sequences none of which begins another; () is free generation.
+    # A step with one sequence is forced. The likeliest next token decides, step by step; the last step ends the row.
+    constraint: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Completion:
     finish_reason: str  # "stop" | "length"
     logprob: tuple[float, ...] | None  # len(token_ids) - 1: token t+1 given the ones before; natural log, untempered
     full_logprob: list[list[float]] | None  # the same positions, one number per vocabulary entry
+    num_overruled: int = 0  # choices of a constraint where the model's own first token was none of the allowed
 
 
 @dataclass(frozen=True)

@@ -67,13 +67,44 @@ def likeliest(engine, prompt, key, legal, after):
     return legal[scores.index(max(scores))]
 
 
-@pytest.mark.parametrize("mode", ["line", "slots"])
-def test_an_illegal_first_choice_is_replaced_by_the_likeliest_legal_value(mode):
+def test_a_whole_line_is_legal_whatever_the_model_would_say():
+    """Its values are the greedy choice among the legal ones, after what was chosen before."""
+    engine = live.engine(None)  # random weights: hardly a legal token comes first
+    served, tokenizer = engine.info.format, engine.info.tokenizer
+    texts, _ = prompts(6)
+    with live.run_engine(engine) as port:
+        found = LineReader(ServerClient("127.0.0.1", port, retries=0), served, "line").read(texts)
+    for text, (line, counts) in zip(texts, found, strict=True):
+        assert counts["by_line"] == 1 and counts["chosen"] > 0
+        for key, value in line.items:
+            before = text + line.line[: line.line.index(f"{key}:") + len(key) + 1]
+            with torch.no_grad():
+                logits = engine.model(torch.tensor([served.template.encode_prompt(before, tokenizer)])).logits[0, -1]
+            first = {legal: tokenizer.encode_continuation(legal)[0] for legal in served.schema.legal_values(key)}
+            assert float(logits[first[str(value)]]) == max(float(logits[token]) for token in first.values())
+
+
+def test_a_server_without_the_call_is_asked_freely_and_slot_by_slot(client, value_engine):
+    """As NeMo's own server, which knows /generate only."""
+    texts, made = prompts(8)
+    client.attribute_lines = lambda prompts: None  # what it answers to a 404
+    found = LineReader(client, value_engine.info.format, "line").read(texts)
+    assert [line for line, _ in found] == [c.turns[-1].attributes for c in made]
+
+
+def test_an_unknown_path_counts_as_a_server_without_the_call():
+    from starlette.applications import Starlette
+
+    with live.run_app(Starlette()) as port:
+        assert ServerClient("127.0.0.1", port, retries=0).attribute_lines(["x"]) is None
+
+
+def test_an_illegal_first_choice_is_replaced_by_the_likeliest_legal_value():
     engine = live.engine(None)  # random weights: hardly a legal token comes first
     served = engine.info.format
     texts, _ = prompts(4)
     with live.run_engine(engine) as port:
-        found = LineReader(ServerClient("127.0.0.1", port, retries=0), served, mode).read(texts)
+        found = LineReader(ServerClient("127.0.0.1", port, retries=0), served, "slots").read(texts)
     for text, (line, counts) in zip(texts, found, strict=True):
         assert counts["chosen"] > 0
         expected = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
@@ -46,7 +47,7 @@ class HFEngine:
         chance = torch.Generator().manual_seed(sample.random_seed or 0)
         pending = ids
         log_probs: list[torch.Tensor] = []  # row t: distribution of token t+1
-        finish_reason = "length"
+        finish_reason, num_overruled = "length", 0
         for step in range(sample.tokens_to_generate):
             logits = self.model(torch.tensor([pending]), past_key_values=cache).logits[0, :, : self.info.vocab_size]
             log_probs += list(logits.log_softmax(-1))
@@ -54,6 +55,14 @@ class HFEngine:
             if step < sample.min_tokens_to_generate:
                 last[self.info.tokenizer.eos_id] = -torch.inf
             token = int(last.argmax()) if sample.greedy else _draw(last, sample, chance)
+            if sample.constraint:
+                allowed = _allowed(sample, ids[len(sample.prompt_ids) :])
+                if allowed is None:
+                    finish_reason = "stop"
+                    log_probs = log_probs[:-1] if len(log_probs) > len(ids) else log_probs
+                    break
+                num_overruled += allowed.num_options > 1 and token not in allowed.tokens
+                token = max(allowed.tokens, key=lambda candidate: float(last[candidate]))
             ids.append(token)
             pending = [token]
             if token in sample.stop_ids or (
@@ -68,7 +77,26 @@ class HFEngine:
             finish_reason,
             tuple(rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()) if sample.compute_logprob else None,
             rows.tolist() if sample.all_probs else None,
+            num_overruled,
         )
+
+
+class _Allowed(NamedTuple):
+    tokens: set[int]
+    num_options: int
+
+
+def _allowed(sample: Sample, generated: list[int]) -> _Allowed | None:
+    """Next tokens by matching what was generated against the steps from the start; None when they are all done."""
+    rest = tuple(generated)
+    for options in sample.constraint:
+        for option in options:
+            if rest[: len(option)] == option:
+                rest = rest[len(option) :]
+                break
+        else:
+            return _Allowed({option[len(rest)] for option in options if option[: len(rest)] == rest}, len(options))
+    return None
 
 
 def _draw(logits: torch.Tensor, sample: Sample, chance: torch.Generator) -> int:

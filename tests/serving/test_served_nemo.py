@@ -39,6 +39,13 @@ def put(port, body):
     return httpx.put(f"http://127.0.0.1:{port}/generate", json=body, timeout=120, trust_env=False).json()
 
 
+def lines(port, prompts):
+    answer = httpx.post(
+        f"http://127.0.0.1:{port}/v1/attribute_lines", json={"prompts": prompts}, timeout=120, trust_env=False
+    ).json()
+    return list(zip(answer["lines"], answer["num_overruled"], strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_a_served_nemo_answers_concurrent_clients_token_by_token_as_hugging_face_does(value_nemo, tp_size):
@@ -55,8 +62,10 @@ def test_a_served_nemo_answers_concurrent_clients_token_by_token_as_hugging_face
                 "compute_logprob": number % 3 == 0,
             }
         )
+    prompts = [sentence for body in bodies for sentence in body["sentences"]]
     with live.run_engine(live.engine("TEXT_TO_VALUE")) as port:
         expected = [put(port, body) for body in bodies]
+        expected_lines = lines(port, prompts)
     with live.open_listener(0) as free:
         port = free.getsockname()[1]
     command = [sys.executable, ROOT / "scripts/megatron_gpt_eval.py", f"gpt_model_file={value_nemo}", "server=True"]
@@ -73,12 +82,14 @@ def test_a_served_nemo_answers_concurrent_clients_token_by_token_as_hugging_face
         assert health["tp_size"] == tp_size
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda body: put(port, body), bodies))
+            served_lines = list(pool.map(lambda prompt: lines(port, [prompt])[0], prompts))
     finally:
         server.terminate()
         log, _ = server.communicate(timeout=60)
     assert server.returncode == 0, log
     assert [answer["token_ids"] for answer in answers] == [answer["token_ids"] for answer in expected]
     assert [answer["sentences"] for answer in answers] == [answer["sentences"] for answer in expected]
+    assert served_lines == expected_lines and len(served_lines) == len(prompts)
     for answer, wanted in zip(answers, expected, strict=True):
         for row, wanted_row in zip(answer["logprob"] or [], wanted["logprob"] or [], strict=True):
             assert row == pytest.approx(wanted_row, abs=1e-4)
