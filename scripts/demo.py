@@ -37,6 +37,7 @@ class Sizes:
     num_prompts: int
     tokens_to_generate: int
     annotate_batch_size: int
+    annotate_flags: tuple[str, ...] = ()
     value_overrides: tuple[str, ...] = ()
     steerlm_overrides: tuple[str, ...] = ()
 
@@ -70,6 +71,7 @@ GENUINE = Sizes(
     num_prompts=5,
     tokens_to_generate=64,
     annotate_batch_size=16,
+    annotate_flags=("--allow_rejected",),  # responses longer than the context; training would cut them, grading cannot
     value_overrides=_SHORT,
     steerlm_overrides=_SHORT,
 )
@@ -128,33 +130,32 @@ def stages(args: argparse.Namespace) -> "Iterator[Stage]":
     yield Stage("convert", base_nemo.parent, [command], inputs, [base_nemo])
 
     folder = out / "preprocess"
-    split = {"schema": sizes.schema, "split_ratio": sizes.split_ratio, "seed": args.seed, "mask_role": "User"}
-    raw = {kind: [folder / f"{kind}_{part}.jsonl" for part in ("train", "val")] for kind in ("t2v", "v2t")}
-    commands = [
-        script("preprocessing", input_file=trees, output_file_prefix=folder / kind, type=record_type, **split)
-        for kind, record_type in (("t2v", "TEXT_TO_VALUE"), ("v2t", "VALUE_TO_TEXT"))
-    ]
-    yield Stage("preprocess", folder, commands, [trees], raw["t2v"] + raw["v2t"])
+    raw = [folder / f"t2v_{part}.jsonl" for part in ("train", "val")]
+    command = script(
+        "preprocessing", input_file=trees, output_file_prefix=folder / "t2v", type="TEXT_TO_VALUE", mask_role="User",
+        schema=sizes.schema, split_ratio=sizes.split_ratio, seed=args.seed,
+    )  # fmt: skip
+    yield Stage("preprocess", folder, [command], [trees], raw)
 
-    clean = {kind: [out / "clean" / path.name for path in paths] for kind, paths in raw.items()}
-    sources, cleaned = raw["t2v"] + raw["v2t"], clean["t2v"] + clean["v2t"]
+    clean = [out / "clean" / path.name for path in raw]
     commands = [
         [*clean_command(source, target, tokenizer, sizes.seq_len), "--trim_turns"]
-        for source, target in zip(sources, cleaned, strict=True)
+        for source, target in zip(raw, clean, strict=True)
     ]
-    yield Stage("clean", out / "clean", commands, [*sources, tokenizer], cleaned)
+    yield Stage("clean", out / "clean", commands, [*raw, tokenizer], clean)
 
-    yield train_stage("train-value", "toy_value", base_nemo, clean["t2v"], sizes.value_overrides, out)
+    yield train_stage("train-value", "toy_value", base_nemo, clean, sizes.value_overrides, out)
     value_nemo = trained(out, "train-value")
 
-    # Held-out T2V turns keep their human labels as gt_label: they show how well the model grades.
-    folder = out / "annotate"
-    annotated = [folder / path.name for path in clean["v2t"]]
-    graded = folder / "t2v_val_graded.jsonl"
-    commands = [annotate_command(source, target, sizes) for source, target in zip(clean["v2t"], annotated, strict=True)]
-    commands.append(annotate_command(clean["t2v"][1], graded, sizes))
-    inputs = [value_nemo, *clean["v2t"], clean["t2v"][1]]
-    yield Stage("annotate", folder, commands, inputs, [*annotated, graded], server(value_nemo), "serve-value")
+    # The records it was trained on, contexts and all, come back as VALUE_TO_TEXT. Human labels stay as gt_label: on the
+    # held-out part they show how well the model grades.
+    annotated = [out / "annotate" / f"v2t_{part}.jsonl" for part in ("train", "val")]
+    commands = [
+        [*annotate_command(source, target, sizes), "--output_type=VALUE_TO_TEXT"]
+        for source, target in zip(clean, annotated, strict=True)
+    ]
+    inputs = [value_nemo, *clean]
+    yield Stage("annotate", out / "annotate", commands, inputs, annotated, server(value_nemo), "serve-value")
 
     ready = [out / "clean-annotated" / path.name for path in annotated]
     commands = [
@@ -168,7 +169,7 @@ def stages(args: argparse.Namespace) -> "Iterator[Stage]":
 
     folder = out / "steer"
     requests, responses = folder / "requests.jsonl", folder / "responses.jsonl"
-    source = prompts if args.data is None else clean["v2t"][1]
+    source = prompts if args.data is None else annotated[1]
     plan = script(
         "plan_steering", prompts_file=source, output_file=requests, schema=sizes.schema,
         num_prompts=sizes.num_prompts, seed=args.seed,
@@ -205,7 +206,7 @@ def annotate_command(source: Path, target: Path, sizes: Sizes) -> list[str]:
     from steerlm_nemo.stages import PORT
 
     flags = {"input_file_name": source, "output_file_name": target, "batch_size": sizes.annotate_batch_size}
-    return script("attribute_annotate", host="127.0.0.1", port_num=PORT, **flags)
+    return [*script("attribute_annotate", host="127.0.0.1", port_num=PORT, **flags), *sizes.annotate_flags]
 
 
 def train_stage(name: str, config: str, base: Path, data: list[Path], overrides: tuple[str, ...], out: Path) -> "Stage":
@@ -248,7 +249,7 @@ def report(args: argparse.Namespace, seconds: dict[str, float]) -> int:
         else {"graded_responses_file": out / "grade-responses" / "graded.jsonl"}
     )
     command = script(
-        "report", graded_file=out / "annotate" / "t2v_val_graded.jsonl", output_dir=out,
+        "report", graded_file=out / "annotate" / "v2t_val.jsonl", output_dir=out,
         schema=(TOY if args.data is None else GENUINE).schema, stages_file=out / "stages.json",
         value_log_dir=out / "train-value", steerlm_log_dir=out / "train-steerlm", **steered,
     )  # fmt: skip

@@ -128,7 +128,7 @@ def test_a_stage_that_failed_goes_on_in_the_folder_it_left(world):
             run(out, halting(source, out))
     flow, _ = run(out, halting(source, out))
     assert (out / "halting" / "result").read_text() == "after 2 halts"
-    assert flow.seconds["halting"] > 0
+    assert "halting" in flow.seconds
 
 
 def test_what_another_command_left_behind_is_cleared_away(world):
