@@ -98,7 +98,9 @@ def main() -> None:
         if not (args.output_dir / STATE_FILE).is_file():
             raise InputError(f"--fresh would delete {args.output_dir}, which no earlier run of this program made")
         shutil.rmtree(args.output_dir)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way of stopping ends the servers, too
+    # Either way of stopping ends the servers, too; and a shell that starts us in the background leaves SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     flow = Flow(args.output_dir)
     for stage in stages(args):
         flow.run(stage)

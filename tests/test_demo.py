@@ -316,6 +316,29 @@ def test_fresh_deletes_only_what_the_demo_made(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_started_in_the_background_can_be_stopped_and_resumed(number, tmp_path):
+    out = tmp_path / "demo"
+    argv = [sys.executable, str(SCRIPTS / "demo.py"), "--num_trees", "60", "--output_dir", str(out)]
+    # Shells start background jobs with SIGINT ignored.
+    first = subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "convert").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(number)
+    shown, err = first.communicate(timeout=90)
+    assert first.returncode == 130 and "run the same command again" in err and "Traceback" not in err
+    state = json.loads((out / "state.json").read_text())
+    assert state["world"]["done"] and state["base"]["done"] and "[world]" in shown
+
+
 def test_data_that_is_not_there_is_told_before_anything_runs(tmp_path):
     result = subprocess.run(
         [sys.executable, SCRIPTS / "demo.py", "--data", "missing.jsonl.gz", "--output_dir", tmp_path / "demo"],
