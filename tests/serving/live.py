@@ -95,14 +95,14 @@ class ServerProcess:
 
 
 class FaultyProxy:
-    """Passes requests on, but answers a share of `/generate` with one of the faults that networks really have."""
+    """Passes requests on, but answers a share of the model calls with one of the faults that networks really have."""
 
     def __init__(self, port: int, share: float, seed: int = 0) -> None:
         self._target = f"http://127.0.0.1:{port}"
         self._share = share
         self._chance = random.Random(seed)
         self.faults: Counter[str] = Counter()
-        self.app = Starlette(routes=[Route("/{path:path}", self._pass_on, methods=["GET", "PUT"])])
+        self.app = Starlette(routes=[Route("/{path:path}", self._pass_on, methods=["GET", "PUT", "POST"])])
 
     async def _pass_on(self, request: Request) -> Response:
         body = await request.body()
@@ -113,7 +113,7 @@ class FaultyProxy:
                 content=body,
                 headers={"content-type": "application/json"},
             )
-        if request.url.path != "/generate" or self._chance.random() >= self._share:
+        if request.url.path not in ("/generate", "/v1/attribute_lines") or self._chance.random() >= self._share:
             return Response(answer.content, answer.status_code, media_type="application/json")
         fault = self._chance.choice(("500", "502 html", "cut json", "broken connection", "timeout", "other json"))
         self.faults[fault] += 1
