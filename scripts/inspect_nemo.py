@@ -20,7 +20,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nemo", type=Path, metavar="FILE.nemo", help="a .nemo file or an extracted folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--verify", action="store_true", help="read every tensor and hash every member")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every tensor and hash every member (finds what cannot be read; a changed number has no witness)",
+    )
     return parser.parse_args(argv)
 
 

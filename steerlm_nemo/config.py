@@ -60,12 +60,35 @@ def _refuse_unknown_keys(cfg: DictConfig, path: Path, default_name: str, overrid
     """Hydra checks the keys of overrides only: a key misspelt inside a YAML file would just have no effect."""
     known = set(_all_keys(CONFIG_DIR / f"{default_name}.yaml"))
     added = tuple(override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+"))
+    defaults = _compose(CONFIG_DIR / f"{default_name}.yaml")
     for key in _flatten(cfg, ""):
         is_added = any(f"{key}.".startswith(f"{a}.") or a.startswith(f"{key}.") for a in added)
         if key not in known and not is_added:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{path}: unknown config key {key}{hint}")
+        if key in known:
+            _refuse_wrong_type(key, _raw(cfg, key), _raw(defaults, key))
+
+
+def _raw(cfg: DictConfig, key: str) -> object:
+    """A value as it is written: no interpolation is resolved and nothing is missing."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    found = node._get_node(name) if isinstance(node, DictConfig) else None
+    return getattr(found, "_value", lambda: None)() if found is not None else None
+
+
+def _refuse_wrong_type(key: str, value: object, default: object) -> None:
+    """A text where the default is a number or a switch would fail much later, deep inside NeMo."""
+    if (
+        isinstance(value, str)
+        and not value.startswith("$")
+        and value != "???"
+        and isinstance(default, (bool, int, float))
+    ):
+        kind = "true or false" if isinstance(default, bool) else "a number"
+        raise ConfigError(f"{key} is {value!r}; it must be {kind}")
 
 
 def _explain(err: Exception, path: Path, overrides: Sequence[str]) -> str:
@@ -81,11 +104,15 @@ def _explain(err: Exception, path: Path, overrides: Sequence[str]) -> str:
     return f"{path}: {text}"
 
 
-def _all_keys(path: Path) -> list[str]:
+def _compose(path: Path) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(version_base=None, config_dir=str(path.parent)):
-        return list(_flatten(compose(config_name=path.stem), ""))
+        return compose(config_name=path.stem)
+
+
+def _all_keys(path: Path) -> list[str]:
+    return list(_flatten(_compose(path), ""))
 
 
 def _flatten(cfg: DictConfig, prefix: str) -> Iterator[str]:

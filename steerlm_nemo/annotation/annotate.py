@@ -78,12 +78,21 @@ class Summary:
 
     num_records: int = 0
     num_resumed: int = 0
+    num_rejected: int = 0
+    rejects_path: Path | None = None
     counts: Counter[str] = field(default_factory=Counter)
     agreement: dict[str, Agreement] = field(default_factory=dict)
 
     def text(self) -> str:
         c = self.counts
-        lines = [
+        lines = []
+        if self.num_rejected:
+            total = self.num_records + self.num_rejected
+            lines.append(
+                f"WARNING: {total} read = {self.num_records} written + {self.num_rejected} rejected; "
+                f"the rejected ones are in {self.rejects_path}"
+            )
+        lines += [
             f"{self.num_records} records annotated ({self.num_resumed} of them by an earlier run); "
             f"{c['by_line'] + c['by_slots']} turns: {c['by_line']} by whole line, {c['by_slots']} with "
             f"{c['slots']} values asked one by one; {c['chosen']} values are the likeliest legal one because the "
@@ -144,6 +153,12 @@ def annotate(
                 f"stopped with {len(journal)} of {total} records annotated: {stopped}\n"
                 f"Nothing is lost: they are in {journal.path}. Run the same command again to go on."
             )
+        if annotator.num_server_faults:
+            raise IncompleteError(
+                f"{annotator.num_server_faults} of {total} records have no grades because the server failed on them; "
+                f"{accounting.rejects_path} has each with its reason. {output} is not written. Run the same command "
+                f"again when the server is well (the other {len(journal)} are kept)."
+            )
         if num_rejected and not allow_rejected:
             raise IncompleteError(
                 f"{num_rejected} of {total} records could not be annotated; {accounting.rejects_path} has each with "
@@ -152,6 +167,7 @@ def annotate(
             )
         summary = _write(source, output, journal, settings)
         summary.num_resumed = num_resumed
+        summary.num_rejected, summary.rejects_path = num_rejected, accounting.rejects_path
         journal.delete()
     return summary
 
@@ -164,6 +180,7 @@ class _Result:
     grades: dict[int, Attributes]
     counts: Counter[str]
     problem: str | None = None
+    server_fault: bool = False  # `problem` is the server's, not the record's
     fatal: ServerError | None = None
 
 
@@ -184,6 +201,7 @@ class _Annotator:
         self._settings = settings
         self._journal = journal
         self._accounting = accounting
+        self.num_server_faults = 0
 
     def run(self, source: Path, batch_size: int, concurrency: int, progress: Any) -> ServerError | None:
         """Annotate what the journal does not have yet. Returns the error that stopped the run early, if any."""
@@ -230,6 +248,7 @@ class _Annotator:
             return result.fatal
         if result.problem is not None:
             self._accounting.rejected(result.line.ref, result.problem, result.line.raw)
+            self.num_server_faults += result.server_fault
         else:
             assert result.line.record is not None
             self._journal.add(result.line, labelled(result.line.record, result.grades, self._settings), result.counts)
@@ -262,7 +281,8 @@ class _Annotator:
                 # One record the server cannot take must not cost its neighbours their grades.
                 return [result for member in group for result in self._group([member])]
             if isinstance(err, RequestRefusedError) or self._client.is_ready():
-                return [_Result(line, {}, Counter(), problem=f"not annotated: {err}") for line, _ in group]
+                fault = not isinstance(err, RequestRefusedError)
+                return [_Result(line, {}, Counter(), f"not annotated: {err}", fault) for line, _ in group]
             return [_Result(line, {}, Counter(), fatal=err) for line, _ in group]
         return [_Result(line, *found) for (line, _), found in zip(group, graded, strict=True)]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,12 @@ logger = logging.getLogger("steerlm_nemo.serving")
 MAX_LENGTH_SPREAD = 16
 MAX_ROWS = 128
 _FAILED = -1  # no token id
+EXIT_RANK_FAILED = 70
 _IDLE_TIMEOUT = timedelta(days=365)  # followers wait for work without limit; a dead rank 0 closes their connection
+
+
+class DrawError(RuntimeError):
+    """No token could be drawn for a batch; every rank raises it at the same place."""
 
 
 class MegatronEngine:
@@ -62,15 +68,13 @@ class MegatronEngine:
         """One completion per sample, in order. Rank 0 only.
 
         Raises:
-            RuntimeError: a rank failed; all of them gave the batch up together and stay usable.
+            DrawError: all ranks gave the batch up together and stay usable.
         """
         results: dict[int, Completion] = {}
         for rows in _batches(samples):
             batch = [samples[row] for row in rows]
             self._send({"samples": [asdict(sample) for sample in batch]})
-            completions = self._run_together(batch)
-            assert completions is not None  # rank 0 always gets them
-            results.update(zip(rows, completions, strict=True))
+            results.update(zip(rows, self._run_together(batch), strict=True))
         return [results[row] for row in range(len(samples))]
 
     def follow(self) -> None:
@@ -84,27 +88,31 @@ class MegatronEngine:
             samples = [Sample(**{k: _tuples(v) for k, v in raw.items()}) for raw in message["samples"]]
             try:
                 self._run_together(samples)
-            except RuntimeError:
+            except DrawError:
                 logger.debug("gave a batch up together with rank 0")
 
     def close(self) -> None:
         """Let the other ranks end. Rank 0 only."""
         self._send(None)
 
-    def _run_together(self, samples: Sequence[Sample]) -> list[Completion] | None:
-        """Decode on this rank; then all ranks agree whether all of them succeeded (D-18)."""
-        error: Exception | None = None
-        completions = None
+    def _run_together(self, samples: Sequence[Sample]) -> list[Completion]:
+        """Decode on this rank.
+
+        Raises:
+            DrawError: on every rank alike, so they are still in step (D-18).
+        """
         try:
             with torch.inference_mode():
-                completions = _decode(self._forward, samples, self.info, self._device)
-        except Exception as err:  # whatever it is, the other ranks must hear of it
-            error = err
-        failed = torch.tensor([int(error is not None)])
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._wake_group)
-        if failed.item():
-            raise RuntimeError(f"generation failed on a rank: {error or 'see the log of the other ranks'}") from error
-        return completions
+                return _decode(self._forward, samples, self.info, self._device)
+        except DrawError:
+            raise
+        except Exception:
+            if dist.get_world_size() > 1:
+                # The other ranks may be inside a collective that this one left: nothing can be said to them any more.
+                # Ending is what they notice, and the launcher then ends them.
+                logger.critical("this rank failed inside the model; the server ends", exc_info=True)
+                os._exit(EXIT_RANK_FAILED)
+            raise
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, context: Any) -> torch.Tensor:
         """Logits [B,S,V] in fp32 of the whole vocabulary, on every rank."""
@@ -221,7 +229,7 @@ def _decode(forward: Any, samples: Sequence[Sample], info: ModelInfo, device: to
             drawn = drawn.to(device)
             dist.broadcast(drawn, src=0)
         if drawn[0] == _FAILED:
-            raise RuntimeError(f"rank 0 could not draw a token: {error}") from error
+            raise DrawError(f"rank 0 could not draw a token: {error}") from error
         for row, token, logits_SV in zip(rows, drawn.tolist(), logits_BSV, strict=True):
             _advance(row, token, start, end, logits_SV if wants_prompt_logprob and is_first else None, info)
         if all(row.finish_reason for row in rows):
@@ -253,7 +261,7 @@ def _next_token(row: _Row, end: int, logits_V: torch.Tensor, info: ModelInfo) ->
         logits[info.tokenizer.eos_id] = -torch.inf
     if sample.greedy:
         return int(logits.argmax())
-    logits /= sample.temperature
+    logits /= max(sample.temperature, 1e-6)  # below, everything but the likeliest token is at 0 in fp32 anyway
     _penalise_repetition(logits, row.token_ids, sample.repetition_penalty)
     if sample.top_k > 0:
         logits[logits < logits.topk(min(sample.top_k, info.vocab_size)).values[-1]] = -torch.inf

@@ -27,6 +27,8 @@ def resolve(cfg: DictConfig) -> Mapping[str, Any]:
     if cfg.tensor_model_parallel_size in (-1, None):
         cfg.tensor_model_parallel_size = num_ranks
     check_parallelism(config, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, num_ranks)
+    if cfg.compat not in (None, "nemo1.23"):
+        raise ConfigError(f"compat is {cfg.compat!r}; it must be nemo1.23 or left out")
     if not cfg.server and not cfg.prompts:
         raise ConfigError(
             "server=False continues `prompts`, and there are none; give prompts='[\"...\"]' or server=True"

@@ -31,7 +31,8 @@ def read_schema(cfg: DictConfig) -> AttributeSchema:
 
 def data_parallel_size(cfg: DictConfig) -> int:
     """Number of model replicas; exact only for a config that passed `check`."""
-    model_ranks = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
+    model = cfg.model
+    model_ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     return cfg.trainer.num_nodes * cfg.trainer.devices // model_ranks
 
 
@@ -72,12 +73,14 @@ def require_values(cfg: DictConfig) -> None:
 def _problems(cfg: DictConfig, base: Any) -> Iterator[str]:
     model, sft = cfg.model, cfg.trainer.sft
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    cp = model.context_parallel_size
     ranks = cfg.trainer.devices * cfg.trainer.num_nodes
-    if ranks % (tp * pp):
+    if ranks % (tp * pp * cp):
+        context = f" x context_parallel_size {cp}" if cp != 1 else ""
         yield (
-            f"tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} = {tp * pp} ranks, but "
+            f"tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} = {tp * pp * cp} ranks, but "
             f"trainer.devices {cfg.trainer.devices} x trainer.num_nodes {cfg.trainer.num_nodes} = {ranks}; "
-            f"set trainer.devices={tp * pp} or a multiple"
+            f"set trainer.devices={tp * pp * cp} or a multiple"
         )
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = base.get(key)
@@ -98,6 +101,11 @@ def _problems(cfg: DictConfig, base: Any) -> Iterator[str]:
     if model.peft.peft_scheme not in (None, "none"):
         yield f"model.peft.peft_scheme {model.peft.peft_scheme!r} is not supported; full fine-tuning is 'none'"
     interval = sft.val_check_interval
+    if not isinstance(sft.save_interval, (int, float)) or sft.save_interval <= 0:
+        yield f"trainer.sft.save_interval is {sft.save_interval}; without saving a stopped run cannot go on"
+        return
+    if str(cfg.trainer.precision) not in PRECISIONS:
+        yield f"trainer.precision is {cfg.trainer.precision!r}; use one of {', '.join(PRECISIONS)}"
     if isinstance(interval, int) and interval > 0 and sft.save_interval % interval:
         yield f"trainer.sft.save_interval {sft.save_interval} must be a multiple of val_check_interval {interval}"
     for placeholder in ("{step}", "{consumed_samples}"):
@@ -109,6 +117,9 @@ def _problems(cfg: DictConfig, base: Any) -> Iterator[str]:
             read(cfg)
         except SteerLMError as err:
             yield str(err)
+
+
+PRECISIONS = ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 
 
 def _batch_problems(cfg: DictConfig) -> Iterator[str]:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
 from steerlm_nemo.conversation import Conversation
-from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.errors import ConfigError, InputError, RecordError
 from steerlm_nemo.records import Accounting, read_records
 from steerlm_nemo.template import ChatTemplate, Tokenizer
 
@@ -67,6 +68,7 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
         max_seq_length: int,
         pad_to_multiple: int,
         record_type: str | None,
+        schema: AttributeSchema,
     ) -> None:
         self.eos_id = tokenizer.eos_id
         self.max_seq_length = max_seq_length
@@ -77,6 +79,7 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
         accounting = Accounting.beside(path)
         for ref, record in tqdm(read_records(path), desc=f"tokenising {Path(path).name}", unit=" conversations"):
             conversation = Conversation.from_record(record, ref)
+            _require_schema(conversation, schema)
             types.setdefault(conversation.type, conversation)
             rendered = template.render(conversation, tokenizer)
             num_markers += rendered.num_markers_removed
@@ -118,6 +121,31 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
             loss_mask[row, : len(ids) - 1] = torch.from_numpy(item["loss_mask"][1:].astype(np.float32))
         position_ids = torch.arange(length, dtype=torch.int64).expand(len(batch), length).contiguous()
         return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+
+
+def _require_schema(conversation: Conversation, schema: AttributeSchema) -> None:
+    """Every label must be what the schema, which goes into the `.nemo`, says a label looks like.
+
+    Languages outside the schema's list are let through: OASST has more of them than the reference's annotator knows.
+    """
+    for index, turn in enumerate(conversation.turns):
+        grades = (
+            Attributes(tuple(item for item in turn.attributes.items if item[0] != LANG)) if turn.attributes else None
+        )
+        if grades is None:
+            continue
+        where = f"{conversation.ref} turn {index}"
+        try:
+            in_order = schema.order(grades.as_dict())
+        except InputError as err:
+            raise RecordError(
+                f"{where}: {err} (schema {schema.name}). Set model.data.attribute_schema to the schema that the "
+                "records were preprocessed with."
+            ) from err
+        if in_order != grades:
+            raise RecordError(
+                f"{where}: the attributes are {grades.line}, but schema {schema.name} orders {in_order.line}"
+            )
 
 
 def _one_type(types: dict[str | None, Conversation], wanted: str | None) -> str | None:

@@ -14,7 +14,10 @@ from steerlm_nemo.errors import ConfigError
 
 
 def fingerprint(cfg: DictConfig) -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
+    """What must not change between a run and its resumption.
+
+    The optimizer settings and the length are part of it: a resumed run goes on along the schedule it began with.
+    """
     data = cfg.model.data
     return {
         "train_file": file_identity(data.train_ds.file_path),
@@ -23,6 +26,10 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
         "template": OmegaConf.to_container(data.chat_prompt_tokens),
         "attribute_schema": data.attribute_schema,
         "global_batch_size": data.train_ds.global_batch_size,
+        "max_seq_length": data.train_ds.max_seq_length,
+        "max_steps": cfg.trainer.sft.max_steps,
+        "max_epochs": cfg.trainer.sft.max_epochs,
+        "optim": OmegaConf.to_container(cfg.model.optim, resolve=True),
         "seed": cfg.model.seed,
     }
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 
 LAUNCHED_HERE = "STEERLM_RANK_OF_LAUNCHER"  # set for ranks whose launcher has checked the config and warned already
-GRACE_S = 60.0  # time the ranks get to save and leave after a signal
 FAILURE_GRACE_S = 5.0  # time the others get to end by themselves when one has failed
 
 
@@ -39,7 +38,8 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
     """Run `python argv` once per rank and wait. Returns the exit code of the rank that failed first, or 0.
 
     When one rank fails the others are stopped: a collective without its partner would wait for ever. SIGINT and
-    SIGTERM are passed on, so that the ranks can save. Rank 0 has the terminal.
+    SIGTERM are passed on, and the ranks may save for as long as it takes; a second signal ends them after 5 s. Rank 0
+    has the terminal.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -92,11 +92,11 @@ def die_with_parent() -> None:
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
     """Wait for all; the number of the rank that failed first, or None."""
-    signalled = False
+    num_signals = 0
 
     def forward(signum: int, frame: object) -> None:
-        nonlocal signalled
-        signalled = True
+        nonlocal num_signals
+        num_signals += 1
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 rank.send_signal(signum)
@@ -108,9 +108,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         while any(rank.poll() is None for rank in ranks):
             if first_failed is None:
                 first_failed = next((number for number, rank in enumerate(ranks) if rank.poll()), None)
-            if deadline is None and (signalled or first_failed is not None):
-                # A failed rank leaves the others in a collective; after a signal they may still save.
-                deadline = time.monotonic() + (GRACE_S if signalled else FAILURE_GRACE_S)
+            # A failed rank leaves the others in a collective. After a signal they may save for as long as it takes;
+            # whoever cannot wait signals again.
+            if deadline is None and (num_signals > 1 or (first_failed is not None and not num_signals)):
+                deadline = time.monotonic() + FAILURE_GRACE_S
             if deadline is not None and time.monotonic() > deadline:
                 for rank in ranks:
                     if rank.poll() is None:

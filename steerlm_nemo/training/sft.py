@@ -183,6 +183,7 @@ def _load_data(cfg: DictConfig, tokenizer: Any, is_first: bool) -> tuple[ChatDat
             ds.max_seq_length,
             cfg.model.data.pad_seq_length_to_mult,
             cfg.model.data.record_type,
+            training_config.read_schema(cfg),
         )
         if is_first:
             print(dataset.report.line(), flush=True)

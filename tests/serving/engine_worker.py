@@ -52,7 +52,7 @@ def _ours(engine: MegatronEngine, prompts: list[list[int]], tokens_to_generate: 
         "penalised": engine.generate([sample(prompts[0], top_k=1, repetition_penalty=50.0)])[0].token_ids,
     }
     try:
-        engine.generate([sample(prompts[0], temperature=0.0)])  # fails on rank 0 only; the API would refuse it
+        engine.generate([sample(prompts[0], temperature=float("nan"))])  # fails on rank 0 only; the API would refuse it
     except RuntimeError as err:
         results["failure"] = str(err)
     results["after the failure"] = [done.token_ids for done in engine.generate(greedy)]

@@ -65,6 +65,19 @@ def test_a_key_misspelt_in_a_users_own_yaml_is_refused(tmp_path: Path) -> None:
     assert (cfg.trainer.sft.extra.deep, cfg.model.mine) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.optim.lr=abc", "model.optim.lr is 'abc'; it must be a number"),
+        ("trainer.sft.max_steps=many", "it must be a number"),
+        ("model.data.chat=yess", "it must be true or false"),
+    ],
+)
+def test_a_text_where_a_number_belongs_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config([override], "gpt_sft")
+
+
 def test_an_unquoted_angle_bracket_says_to_quote() -> None:
     with pytest.raises(ConfigError, match="quote its value"):
         load_config(["model.data.chat_prompt_tokens.turn_start=<extra_id_1>"], "gpt_sft")
@@ -94,6 +107,10 @@ def test_values_that_must_be_given_are_all_named() -> None:
         ("model.data.chat=False", "trains on conversations only"),
         ("model.peft.peft_scheme=lora", "lora"),
         ("model.optim.lr=0", "must be above 0"),
+        ("trainer.sft.val_check_interval=0", "save_interval is 0; without saving"),
+        ("trainer.sft.save_interval=null", "save_interval is None; without saving"),
+        ("trainer.precision=fp8", "use one of 32"),
+        ("model.context_parallel_size=2", "x context_parallel_size 2 = 2 ranks"),
         ("exp_manager.checkpoint_callback_params.filename=x", "lacks {step}"),
     ],
 )

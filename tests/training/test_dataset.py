@@ -9,15 +9,16 @@ import pytest
 import torch
 from conftest import write_records
 
+from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG
 from steerlm_nemo.conversation import Conversation, RecordRef
-from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.errors import ConfigError, RecordError
 from steerlm_nemo.template import ChatTemplate
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 from steerlm_nemo.training.dataset import ChatDataset
 
 
 def dataset(path: Path, tokenizer: SentencePieceTokenizer, max_seq_length: int = 256) -> ChatDataset:
-    return ChatDataset(path, tokenizer, ChatTemplate(), max_seq_length, 16, None)
+    return ChatDataset(path, tokenizer, ChatTemplate(), max_seq_length, 16, None, NEMO12_LANG)
 
 
 def test_labels_are_tokens_shifted_and_the_loss_covers_the_grades_only(
@@ -84,7 +85,19 @@ def test_a_steering_run_refuses_grading_records(tmp_path: Path, small_tokenizer:
     """D-03: annotated T2V files keep their type, and training on them trains a second value model."""
     path = write_records(tmp_path / "t2v.jsonl", 2, "TEXT_TO_VALUE")
     with pytest.raises(ConfigError, match="type is TEXT_TO_VALUE, but model.data.record_type asks for VALUE_TO_TEXT"):
-        ChatDataset(path, small_tokenizer, ChatTemplate(), 256, 16, "VALUE_TO_TEXT")
+        ChatDataset(path, small_tokenizer, ChatTemplate(), 256, 16, "VALUE_TO_TEXT", NEMO12_LANG)
+
+
+def test_labels_that_the_schema_does_not_know_are_refused(
+    tmp_path: Path, small_tokenizer: SentencePieceTokenizer
+) -> None:
+    """The schema goes into the .nemo, and the server would grade attributes the model never saw."""
+    path = write_records(tmp_path / "t2v.jsonl", 2, "TEXT_TO_VALUE")
+    with pytest.raises(RecordError, match=r"t2v.jsonl:1 turn 1: unknown attribute 'quality'.*helpsteer5"):
+        ChatDataset(path, small_tokenizer, ChatTemplate(), 256, 16, None, HELPSTEER5)
+    path.write_text(path.read_text().replace("toxicity:0", "toxicity:9"))
+    with pytest.raises(RecordError, match="toxicity is 9, but it must be 0 to 4"):
+        dataset(path, small_tokenizer)
 
 
 def test_a_batch_equals_nemos_own_collation(tmp_path: Path, small_model: Path) -> None:
