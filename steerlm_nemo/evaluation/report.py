@@ -97,7 +97,7 @@ def html_page(results: Results) -> str:
     parts = [f"<h1>{name}: grading and steering, measured</h1>"]
     if results.toy:
         parts.append(
-            '<p class="toy">TOY: a model of less than a million parameters and made-up data in which every grade can be '
+            '<p class="toy">TOY: a model of under a million parameters and made-up data in which every grade can be '
             "read off the text. It shows that the flow works, not how good a real model is.</p>"
         )
     missed = results.missed_bars()
