@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def run(cfg: DictConfig) -> None:
     engine = MegatronEngine(loaded, name=Path(cfg.gpt_model_file).stem)
     if not is_first:
         engine.follow()
-        return
+        _leave()
     print("\n".join(loaded.capabilities.lines()), flush=True)
     try:
         if listener is None:
@@ -70,6 +71,18 @@ def run(cfg: DictConfig) -> None:
             serve(build_app(engine, compat=cfg.compat), listener, engine.info.name)
     finally:
         engine.close()
+    _leave()
+
+
+def _leave() -> None:
+    """End this rank now, successfully.
+
+    At an ordinary exit gloo's threads are torn down while the other rank's are; the one that comes second finds its
+    connection closed and, now and then, aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _continue_prompts(cfg: DictConfig, engine: Any) -> None:

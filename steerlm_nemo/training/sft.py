@@ -48,6 +48,7 @@ def run(cfg: DictConfig) -> None:
     """
     is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     log_dir = Path(cfg.exp_manager.explicit_log_dir)
+    identity = fingerprint(cfg)  # of what was asked for, before it is adapted to this machine
     for checkpoint in log_dir.glob("checkpoints/*-last"):
         check_directory(checkpoint)  # NeMo unpickles what it resumes from
     capabilities = prepare()
@@ -106,7 +107,7 @@ def run(cfg: DictConfig) -> None:
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
     checkpoint_callback = add_custom_checkpoint_callback(ptl_trainer, model)
     if is_first:
-        _save_run_files(cfg, log_dir, capabilities.as_dict())
+        _save_run_files(cfg, log_dir, identity, capabilities.as_dict())
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
 
     timer = RunTimer(cfg.exp_manager.get("max_time_per_run"))
@@ -239,10 +240,10 @@ def _num_steps(cfg: DictConfig, train_ds: ChatDataset) -> int:
     return from_data if cfg.trainer.sft.max_steps < 0 else min(from_data, cfg.trainer.sft.max_steps)
 
 
-def _save_run_files(cfg: DictConfig, log_dir: Path, capabilities: dict[str, Any]) -> None:
+def _save_run_files(cfg: DictConfig, log_dir: Path, identity: dict[str, Any], capabilities: dict[str, Any]) -> None:
     checkpoints = log_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    (checkpoints / "run.json").write_text(json.dumps(fingerprint(cfg), indent=1))
+    (checkpoints / "run.json").write_text(json.dumps(identity, indent=1))
     (log_dir / "capabilities.json").write_text(json.dumps(capabilities, indent=1))
     (log_dir / "config.yaml").write_text(printable(cfg))
 
