@@ -23,6 +23,7 @@ PROMPT     ?= What is SteerLM?
 ATTRIBUTES ?= quality:4,helpfulness:4
 ARGS       ?=
 DATA       ?=
+ONLY       ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench convert export inspect preprocess clean train-value train-steerlm \
@@ -47,6 +48,9 @@ demo: $(READY)  ## the whole flow on a toy world, measured; DATA=trees.jsonl.gz 
 
 test: $(READY)  ## all tests (no network, no GPU)
 	$(PY) -m pytest -q tests $(ARGS)
+
+bench: $(READY)  ## measure against NeMo's own code and the machine's limits; ONLY="convert clean" for some
+	$(PY) tests/benchmarks/run.py $(ONLY)
 
 lint: $(READY)  ## ruff and mypy
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
