@@ -6,6 +6,7 @@ exp_manager). Here: what goes in, what comes out, and the refusals the reference
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -75,6 +76,7 @@ def run(cfg: DictConfig) -> None:
     base = read_config(cfg.model.restore_from_path)
     intended = merge_model_config(base, cfg.model)
     cfg.model = for_this_machine(intended, capabilities)
+    _check_optimizer(cfg.model.optim)
     precision = cfg.trainer.precision
     ptl_trainer = resolve_and_create_trainer(cfg, "sft")
     cfg.trainer.precision = precision
@@ -141,6 +143,28 @@ def run(cfg: DictConfig) -> None:
         _save_nemo(model, config, artifacts, target)
         if is_first:
             print(f"trained {trainer.step} steps in {time.monotonic() - started:.0f} s; wrote {target}", flush=True)
+
+
+def _check_optimizer(optim: DictConfig) -> None:
+    """Refuse names that NeMo's registries lack. Only NeMo knows them, so this waits until it is imported.
+
+    Raises:
+        ConfigError: no such optimizer or schedule; names the nearest.
+    """
+    from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+
+    # NeMo builds Megatron Core's own optimizer without its registry.
+    known = {"model.optim.name": [*AVAILABLE_OPTIMIZERS, "mcore_distributed_optim"]}
+    chosen = {"model.optim.name": optim.name}
+    if optim.get("sched") is not None:
+        known["model.optim.sched.name"] = list(AVAILABLE_SCHEDULERS)
+        chosen["model.optim.sched.name"] = optim.sched.name
+    for key, name in chosen.items():
+        if name not in known[key]:
+            near = difflib.get_close_matches(str(name), known[key], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"NeMo has {', '.join(sorted(known[key]))}"
+            raise ConfigError(f"{key}: there is no {name!r}; {hint}")
 
 
 def _start_loggers(loggers: list[Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_records
+from runs import write_records
 
 from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG
 from steerlm_nemo.conversation import Conversation, RecordRef

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import losses, overrides, train, train_command, write_records
+from runs import losses, overrides, train, train_command, write_records
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config
@@ -170,3 +170,13 @@ def test_fewer_records_than_a_batch_is_one_clear_message(
     assert "has 5 usable conversations, fewer than model.data.train_ds.global_batch_size 16" in result.stderr
     assert "Traceback" not in result.stderr
     assert not nemo_of(tmp_path / "log").exists()
+
+
+@pytest.mark.slow
+def test_a_misspelt_optimizer_is_named_with_the_nearest(
+    base_nemo: Path, records: dict[str, Path], tmp_path: Path
+) -> None:
+    result = train(*overrides(base_nemo, records, tmp_path), "model.optim.name=adamww")
+    assert result.returncode == 2
+    assert "model.optim.name: there is no 'adamww'; did you mean adamw?" in result.stderr
+    assert "Traceback" not in result.stderr
