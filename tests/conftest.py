@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import io
+import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# A busy machine is no reason to fail: how long drawing an example takes is not what the tests are about.
+hypothesis.settings.register_profile(
+    "repository", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repository")
+
+# Shells start background jobs with SIGINT ignored, and children inherit that; tests that interrupt a child need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SENTENCES = (
     "A chat between a curious user and an artificial intelligence assistant.",
