@@ -1,7 +1,11 @@
-r"""OpenAssistant trees -> training records (SteerLM steps 1 and 2).
+r"""Any dataset of the flow -> training records (SteerLM steps 1 and 2).
 
     python scripts/preprocessing.py --input_file=data/trees.jsonl.gz --output_file_prefix=data/oasst \
         --type=TEXT_TO_VALUE        # for the value model; --type=VALUE_TO_TEXT for the SteerLM model
+
+OpenAssistant trees and messages, HelpSteer, HH-RLHF, CValues, chat and instruction files; docs/data.md lists them all.
+The shape is told by the keys; --format overrides. One command for all of them, because what follows is the same for
+each: shuffle, split, write, account.
 """
 
 import difflib
@@ -11,6 +15,7 @@ from typing import Any
 
 import fire
 
+from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.errors import InputError, exit_with_message
 
 
@@ -22,32 +27,40 @@ def preprocessing(
     split_ratio: float = 0.95,
     seed: int = 10,
     *unexpected: Any,
-    schema: str = "nemo12+lang",
+    format: str = "auto",
+    schema: str = "",
     lang: Any = (),
     drop_deleted: bool = False,
     tree_state: Any = (),
+    labels_from: str = "",
+    fill: Any = "",
+    system: Any = None,
     compat: str = "",
     strict: bool = False,
     **unknown: Any,
 ) -> None:
-    """OpenAssistant trees -> <prefix>_train.jsonl and <prefix>_val.jsonl, one record per root-to-leaf path.
+    """A dataset -> <prefix>_train.jsonl and <prefix>_val.jsonl; of trees, one record per root-to-leaf path.
 
     Args:
-        input_file: one message tree a line, .jsonl or .jsonl.gz
+        input_file: JSON lines, a JSON array (both also .gz or .zst), Parquet, a dataset's directory, or hf://owner/name
         output_file_prefix: what the names of the two outputs (and of <prefix>.rejects.jsonl) start with
         mask_role: the speaker that gets no loss in training
         type: TEXT_TO_VALUE (train the value model) or VALUE_TO_TEXT (train the SteerLM model)
-        split_ratio: share of the trees for training
+        split_ratio: share of the trees for training; other data are split by first question
         seed: of the shuffle before the split
+        format: shape of the input: auto (by its keys), oasst-trees, oasst-messages, helpsteer, messages, ...
         schema: attributes to keep and their range: a preset (nemo12+lang, helpsteer5, ...) or a YAML file
         lang: keep only paths in these languages, for example en,de
         drop_deleted: leave out paths with a deleted message
         tree_state: keep only trees in this state, for example ready_for_export
+        labels_from: OpenAssistant trees or messages whose labels fill in, by message id, what the input's lack
+        fill: attributes for graded responses that lack them, for example violence:0,fails_task:0
+        system: system prompt of records that have none of their own
         compat: nemo1.23 keeps the labels of User turns in VALUE_TO_TEXT and prints what NeMo prints
-        strict: stop at the first unusable tree
+        strict: stop at the first unusable record
     """
     refuse_unknown(unexpected, unknown)
-    from steerlm_nemo.data.preprocessing import Filters, load_schema, preprocess
+    from steerlm_nemo.data.preprocessing import Filters, Options, load_schema, preprocess
     from steerlm_nemo.records import Accounting
 
     if compat not in ("", "nemo1.23"):
@@ -55,29 +68,46 @@ def preprocessing(
     for flag, value, kinds in (("split_ratio", split_ratio, (int, float)), ("seed", seed, (int,))):
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise InputError(f"--{flag} is {value!r}; it must be a number")
-    chosen_schema = load_schema(str(schema))
+    chosen_schema = load_schema(str(schema)) if schema else None
+    options = Options(
+        mask_role=str(mask_role),
+        record_type=str(type),
+        schema=chosen_schema,
+        filters=Filters(listed("lang", lang), listed("tree_state", tree_state), bool(drop_deleted)),
+        compat=bool(compat),
+        system=None if system is None else str(system),
+        fill=attributes_given("fill", fill),
+    )
     trees = Accounting.beside(str(output_file_prefix), strict=bool(strict))
     tally = preprocess(
         str(input_file),
         str(output_file_prefix),
-        mask_role=str(mask_role),
-        record_type=str(type),
         split_ratio=split_ratio,
         seed=seed,
-        schema=chosen_schema,
-        filters=Filters(listed("lang", lang), listed("tree_state", tree_state), bool(drop_deleted)),
-        label_user_turns=bool(compat),
+        options=options,
         trees=trees,
+        format_name=str(format),
+        labels_from=str(labels_from) or None,
     )
     print(f"lang values: {sorted(tally.languages)}")
     print(tally.summary(trees), file=sys.stderr if compat else sys.stdout)
     for part in ("train", "val"):
         if not tally.conversations[part]:
             warn(f"{output_file_prefix}_{part}.jsonl is empty; change --split_ratio (now {split_ratio})")
-    if chosen_schema.languages and (foreign := sorted(tally.languages - {*chosen_schema.languages})):
+    if foreign := tally.foreign_languages():
         warn(
-            f"languages that schema {chosen_schema.name} does not know: {' '.join(foreign)}; leave them out with --lang"
+            f"languages that schema {tally.schema.name} does not know: {' '.join(foreign)}; leave them out with --lang"
         )
+
+
+def attributes_given(flag: str, value: Any) -> Attributes:
+    """`quality:4,toxicity:0`, or what fire makes of it. Raises InputError for anything else."""
+    # fire reads one pair as text and several as a tuple of texts.
+    text = ",".join(value) if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else value
+    try:
+        return Attributes.parse(text if isinstance(text, str) else "?")
+    except ValueError as err:
+        raise InputError(f"--{flag} is {value!r}; give an attribute line such as violence:0,humor:0") from err
 
 
 def listed(flag: str, value: Any) -> tuple[str, ...]:

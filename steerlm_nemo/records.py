@@ -1,6 +1,7 @@
 """JSONL files, read and written so that nothing is lost in silence.
 
-`.jsonl` and `.jsonl.gz`, one JSON object per line, UTF-8. Outputs appear under their final name only when complete.
+`.jsonl`, plain or compressed (`.gz`, `.zst`), one JSON object per line, UTF-8. Outputs appear under their final name
+only when complete.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def read_lines(path: str | Path) -> Iterator[RawLine]:
     Streams: memory does not grow with the file.
 
     Raises:
-        InputError: no such file, a directory, or a gzip stream that is damaged or cut off.
+        InputError: no such file, a directory, or a compressed stream that is damaged or cut off.
     """
     path = require_file(path)
     line_number = 0
@@ -60,8 +61,9 @@ def read_lines(path: str | Path) -> Iterator[RawLine]:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
                     yield parse_line(RecordRef(str(path), line_number), raw)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as err:
-        raise InputError(f"{path}: damaged gzip data after line {line_number}: {err}. Fetch the file again.") from err
+    except DAMAGED as err:
+        kind = compression(path)
+        raise InputError(f"{path}: damaged {kind} data after line {line_number}: {err}. Fetch the file again.") from err
 
 
 def read_records(path: str | Path) -> Iterator[tuple[RecordRef, dict[str, Any]]]:
@@ -72,11 +74,67 @@ def read_records(path: str | Path) -> Iterator[tuple[RecordRef, dict[str, Any]]]
         yield line.ref, line.record
 
 
-def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """The bytes of a file, decompressed where its content (not its name) says gzip."""
+class DamagedZstd(OSError):
+    """A Zstandard stream that cannot be decompressed."""
+
+
+# What reading a compressed file to its end may raise.
+DAMAGED = (gzip.BadGzipFile, DamagedZstd, EOFError, zlib.error)
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def compression(path: Path) -> str | None:
+    """`gzip`, `zstd` or None, by content: names lie."""
     with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if is_gzip else path.open("rb")
+        start = file.read(4)
+    return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+
+
+def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """The bytes of a file, decompressed where its content says so. Reading may raise one of `DAMAGED`."""
+    kind = compression(path)
+    if kind == "gzip":
+        return gzip.open(path, "rb")
+    return io.BufferedReader(_ZstdFile(path), 1 << 18) if kind == "zstd" else path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Frames one after the other. zstandard's own reader takes a file that is cut off for one that ends there."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._file = path.open("rb")
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._error = zstandard.ZstdError
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame.eof else b""
+            data = data or self._file.read(1 << 17)
+            if not data:
+                if not self._frame.eof:
+                    raise EOFError("the file is cut off")
+                return 0
+            if self._frame.eof:
+                self._frame = self._new_frame()
+            try:
+                self._ready = memoryview(self._frame.decompress(data))
+            except self._error as err:
+                raise DamagedZstd(str(err)) from err
+        num_bytes = min(len(buffer), len(self._ready))
+        buffer[:num_bytes] = self._ready[:num_bytes]
+        self._ready = self._ready[num_bytes:]
+        return num_bytes
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def parse_line(ref: RecordRef, raw: bytes) -> RawLine:

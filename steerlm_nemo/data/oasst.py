@@ -3,7 +3,7 @@
 Raw record, one line of `*.trees.jsonl[.gz]`; only these fields are read::
 
     {"message_tree_id": "t1", "tree_state": "ready_for_export",
-     "prompt": {"text": "Hi, what is 2+2?", "role": "prompter", "lang": "en", "deleted": false,
+     "prompt": {"message_id": "m1", "text": "Hi, what is 2+2?", "role": "prompter", "lang": "en", "deleted": false,
                 "labels": {"spam": {"value": 0.0, "count": 3}, "quality": {"value": 0.875, "count": 3}},
                 "replies": [{"text": "It is 4.", "role": "assistant", "lang": "pt-BR", "labels": {},
                              "replies": []}]}}
@@ -35,6 +35,7 @@ class Message:
     attributes: Attributes | None  # None: neither graded nor in a known language
     lang: str | None
     deleted: bool
+    id: str | None = None
 
 
 def paths(tree: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -> Iterator[tuple[Message, ...]]:
@@ -49,7 +50,7 @@ def paths(tree: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -> I
     while pending:
         node, before = pending.pop()
         node = _message_object(node, ref)
-        path = (*before, _message(node, schema, ref))
+        path = (*before, message_of(node, schema, ref))
         replies = node.get("replies") or []
         if not isinstance(replies, list):
             raise RecordError(f"{ref}: wrong type: 'replies' must be a list, found {type(replies).__name__}")
@@ -68,7 +69,8 @@ def _message_object(node: Any, ref: RecordRef) -> Mapping[str, Any]:
     return node
 
 
-def _message(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -> Message:
+def message_of(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -> Message:
+    """One message out of its raw object; its replies are not looked at. Raises RecordError."""
     role, text, lang, labels = (node.get(key) for key in ("role", "text", "lang", "labels"))
     if not isinstance(role, str) or role not in ROLES:
         raise RecordError(f"{ref}: unknown role: {role!r}; a message is from {' or '.join(ROLES)}")
@@ -79,21 +81,34 @@ def _message(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -
         if not isinstance(lang, str) or not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", lang):
             raise RecordError(f"{ref}: bad lang: {lang!r} is not a language tag such as en or pt-BR")
         lang = lang.split("-")[0]
-    if labels is not None and not isinstance(labels, Mapping):
-        raise RecordError(f"{ref}: wrong type: 'labels' must be an object, found {type(labels).__name__}")
-    return Message(ROLES[role], text, _attributes(labels, lang, schema, ref), lang, node.get("deleted") is True)
+    message_id = node.get("message_id")
+    return Message(
+        ROLES[role],
+        text,
+        _attributes(labels, lang, schema, ref),
+        lang,
+        node.get("deleted") is True,
+        message_id if isinstance(message_id, str) else None,
+    )
 
 
-def _attributes(
-    labels: Mapping[str, Any] | None, lang: str | None, schema: AttributeSchema, ref: RecordRef
-) -> Attributes | None:
+def _attributes(labels: Any, lang: str | None, schema: AttributeSchema, ref: RecordRef) -> Attributes | None:
     """The schema's attributes out of `labels`, in its order, on its scale; then the language."""
     in_line = lang if schema.languages else None
     if labels is None and in_line is None:
         return None
+    graded = grades(labels, schema, ref)
+    return graded if in_line is None else Attributes((*graded.items, (LANG, in_line)))
+
+
+def grades(labels: Any, schema: AttributeSchema, ref: RecordRef) -> Attributes:
+    """The grades of a raw `labels` map, or none where it is null. Raises RecordError naming a bad label."""
+    if labels is not None and not isinstance(labels, Mapping):
+        raise RecordError(f"{ref}: wrong type: 'labels' must be an object, found {type(labels).__name__}")
     items: list[tuple[str, int | str]] = []
+    labels = labels or {}
     for attribute in schema.attributes:
-        label = (labels or {}).get(attribute.name)
+        label = labels.get(attribute.name)
         if label is None:
             continue
         value = label.get("value") if isinstance(label, Mapping) else None
@@ -101,6 +116,4 @@ def _attributes(
             raise RecordError(f"{ref}: bad label: {attribute.name} is {label!r}; its value must be from 0 to 1")
         # Python rounds half to even, as the reference does: 0.625 * 4 -> 2.
         items.append((attribute.name, round(value * attribute.maximum)))
-    if in_line is not None:
-        items.append((LANG, in_line))
     return Attributes(tuple(items))

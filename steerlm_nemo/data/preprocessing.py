@@ -1,90 +1,41 @@
-"""OpenAssistant trees -> training records of the value model and of the SteerLM model (SteerLM steps 1 and 2).
+"""Datasets -> training records of the value model and of the SteerLM model (SteerLM steps 1 and 2).
 
-Output is byte-equal to NeMo's `preprocessing.py` (v1.22 to v2.4) wherever that runs to its end, but for one thing:
-in VALUE_TO_TEXT records the label of a User turn is null, because no prompt at inference has one
-(`label_user_turns=True` gives the reference's records).
+For OpenAssistant trees the output is byte-equal to NeMo's `preprocessing.py` (v1.22 to v2.4) wherever that runs to its
+end, but for two things (`compat=True` gives the reference's records): in VALUE_TO_TEXT records the label of a User turn
+is null, because no prompt at inference has one, and trees of the same id end in the same split.
 
-Two passes keep memory flat: the first notes where each line starts, the second reads the lines in shuffled order.
-Shuffling the line numbers gives the permutation that shuffling the trees would give.
+Two passes keep memory flat: the first notes where each record starts, the second reads them in shuffled order.
+Shuffling the numbers of the trees gives the permutation that shuffling the trees would give. What must not be torn
+apart is one unit of the shuffle: a tree; of other datasets, the rows that ask the same question.
 """
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import random
-import shutil
 import sys
-import tempfile
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring  # type: ignore[attr-defined]  # json.dumps(text, ensure_ascii=False), bare
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-from steerlm_nemo.attributes import AttributeSchema, schema_named
-from steerlm_nemo.conversation import RECORD_TYPES, SYSTEM_PROMPT, USER, VALUE_TO_TEXT, RecordRef
+from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes, AttributeSchema, schema_named
+from steerlm_nemo.conversation import RECORD_TYPES, SYSTEM_PROMPT, USER, VALUE_TO_TEXT
+from steerlm_nemo.data.containers import Lines, require_source
+from steerlm_nemo.data.formats import OASST_MESSAGES, OASST_TREES, Format, format_named, format_of
+from steerlm_nemo.data.label_source import LabelSource, completed
 from steerlm_nemo.data.oasst import Message, paths
+from steerlm_nemo.data.oasst_messages import MessageTrees
+from steerlm_nemo.data.samples import Sample
 from steerlm_nemo.errors import InputError, RecordError
-from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, open_bytes, parse_line, require_file
+from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, require_file
 
 # Python's JSON reader counts two levels per turn, so its default of 1000 refuses a thread of 500 turns.
 DEEPEST_JSON = 10_000
-
-
-class Lines:
-    """Random access to the lines of a JSONL file, blank ones left out; 16 bytes of memory per line.
-
-    A gzip file is decompressed once, to an unnamed file in `scratch_dir`.
-
-    Raises:
-        InputError: no such file, a directory, or a gzip stream that is damaged or cut off.
-    """
-
-    def __init__(self, path: str | Path, scratch_dir: Path) -> None:
-        self.path = require_file(path)
-        self._starts = array("Q")
-        self._line_numbers = array("Q")
-        self._file: IO[bytes] = _uncompressed(self.path, scratch_dir)
-        start = 0
-        for line_number, line in enumerate(self._file, 1):
-            if line.strip():
-                self._starts.append(start)
-                self._line_numbers.append(line_number)
-            start += len(line)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> RawLine:
-        self._file.seek(self._starts[index])
-        raw = self._file.readline().rstrip(b"\r\n")
-        if self._starts[index] == 0:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-        return parse_line(RecordRef(str(self.path), self._line_numbers[index]), raw)
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        self._file.close()
-
-
-def _uncompressed(path: Path, scratch_dir: Path) -> IO[bytes]:
-    source = open_bytes(path)
-    if not isinstance(source, gzip.GzipFile):
-        return source
-    scratch = tempfile.TemporaryFile(dir=scratch_dir)  # noqa: SIM115 - closed by Lines
-    try:
-        with source:
-            shutil.copyfileobj(source, scratch)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as err:
-        scratch.close()
-        raise InputError(f"{path}: damaged gzip data: {err}. Fetch the file again.") from err
-    scratch.seek(0)
-    return scratch
+AUTO = "auto"
 
 
 def shuffled_order(num_trees: int, seed: int) -> Sequence[int]:
@@ -135,59 +86,95 @@ class Filters:
 
 @dataclass
 class Tally:
-    """What one run did, beyond where each tree went (which is `Accounting`'s)."""
+    """What one run did, beyond where each record went (which is `Accounting`'s)."""
 
-    conversations: Counter[str]  # train, val
-    left_out: Counter[str]  # paths, by the option that refused them
-    languages: set[str]
+    format: str = OASST_TREES
+    conversations: Counter[str] = field(default_factory=Counter)  # train, val
+    left_out: Counter[str] = field(default_factory=Counter)  # paths, by the option that refused them
+    unread: Counter[str] = field(default_factory=Counter)  # rows, by a key that no adapter reads
+    joined: Counter[str] = field(default_factory=Counter)  # messages, by whether the label file knows their id
+    num_filled: int = 0  # attributes taken from the label file or from the defaults
+    num_moved: int = 0  # trees that followed an earlier one of the same id to its side of the split
+    languages: set[str] = field(default_factory=set)
+    schema: AttributeSchema | None = None
 
-    def summary(self, trees: Accounting) -> str:
-        text = f"trees: {trees.summary()}\nconversations: " + " + ".join(
+    def foreign_languages(self) -> list[str]:
+        """Languages found that a schema with languages does not know."""
+        known = self.schema.languages if self.schema is not None else ()
+        return sorted(self.languages - {*known}) if known else []
+
+    @property
+    def units(self) -> str:
+        return {OASST_TREES: "trees", OASST_MESSAGES: "messages"}.get(self.format, "rows")
+
+    def summary(self, records: Accounting) -> str:
+        text = f"{self.units}: {records.summary()}\nconversations: " + " + ".join(
             f"{self.conversations[part]} {part}" for part in ("train", "val")
         )
         if self.left_out:
-            reasons = "; ".join(f"{reason}: {count}" for reason, count in self.left_out.most_common())
-            text += f"\npaths left out: {sum(self.left_out.values())} ({reasons})"
+            text += f"\npaths left out: {self.left_out.total()} ({_listed(self.left_out)})"
+        if self.joined:
+            text += f"\nmessages joined to labels by id: {_listed(self.joined)}"
+        if self.num_filled:
+            text += f"\nattributes filled in: {self.num_filled}"
+        if self.num_moved:
+            text += f"\ntrees kept on the side of an earlier one with the same id: {self.num_moved}"
+        if self.unread:
+            text += f"\nkeys not carried over, with the rows that had them: {_listed(self.unread)}"
         return text
+
+
+def _listed(counts: Counter[str]) -> str:
+    return "; ".join(f"{name}: {count}" for name, count in counts.most_common())
+
+
+@dataclass(frozen=True)
+class Options:
+    """How records are written. `schema` None: the format's own."""
+
+    mask_role: str = USER
+    record_type: str = RECORD_TYPES[0]
+    schema: AttributeSchema | None = None
+    filters: Filters = field(default_factory=Filters)
+    compat: bool = False  # the reference's bytes where they are not what a user would want
+    system: str | None = None  # instead of the system prompt of records that have none of their own
+    fill: Attributes = field(default_factory=lambda: Attributes(()))  # for graded responses that lack these
 
 
 def preprocess(
     input_file: str | Path,
     output_file_prefix: str | Path,
     *,
-    mask_role: str,
-    record_type: str,
     split_ratio: float,
     seed: int,
-    schema: AttributeSchema,
-    filters: Filters,
-    label_user_turns: bool,
+    options: Options,
     trees: Accounting,
+    format_name: str = AUTO,
+    labels_from: str | Path | None = None,
 ) -> Tally:
     """Write `<prefix>_train.jsonl` and `<prefix>_val.jsonl`; both appear together when complete, or neither.
 
-    Every root-to-leaf path of two or more messages is a record. The split is by tree. `trees` counts each tree as
-    written, filtered or rejected.
+    Of trees, every root-to-leaf path of two or more messages is a record. `trees` counts each tree, message or row
+    (see `Tally.units`) as written, filtered or rejected.
 
     Raises:
         InputError: an unusable file or argument, or no conversation to write.
-        RecordError: an unusable tree in strict mode.
+        RecordError: an unusable record in strict mode.
     """
-    if record_type not in RECORD_TYPES:
-        raise InputError(f"--type is {record_type!r}; it must be {' or '.join(RECORD_TYPES)}")
+    if options.record_type not in RECORD_TYPES:
+        raise InputError(f"--type is {options.record_type!r}; it must be {' or '.join(RECORD_TYPES)}")
     if not 0 <= split_ratio <= 1:
         raise InputError(f"--split_ratio is {split_ratio}; it is the share of trees for training, from 0 to 1")
+    chosen = None if format_name == AUTO else format_named(format_name)
     outputs = {part: Path(f"{output_file_prefix}_{part}.jsonl") for part in ("train", "val")}
-    require_file(input_file)
+    require_source(input_file)
     for output in outputs.values():
-        if output.exists() and output.samefile(input_file):
+        if output.exists() and Path(input_file).exists() and output.samefile(input_file):
             raise InputError(f"{output} is the input itself; choose another --output_file_prefix")
     sys.setrecursionlimit(max(sys.getrecursionlimit(), DEEPEST_JSON))
 
     from tqdm import tqdm
 
-    tally = Tally(Counter(), Counter(), set())
-    unlabelled_role = USER if record_type == VALUE_TO_TEXT and not label_user_turns else None
     # The two files take their final names last of all, so a failure leaves neither.
     with (
         trees,
@@ -195,81 +182,298 @@ def preprocess(
         atomic_output(outputs["val"]) as val,
         Lines(input_file, outputs["train"].parent) as lines,
     ):
-        num_train = int(len(lines) * split_ratio)
-        order = shuffled_order(len(lines), seed)
-        for position, index in enumerate(tqdm(order, desc="Preprocessing", unit=" trees", file=sys.stderr)):
-            part, file = ("train", train) if position < num_train else ("val", val)
-            line = lines[index]
-            left_out: Counter[str] = Counter()
-            try:
-                kept = _kept_paths(line, schema, filters, left_out)
-                records = [_dump(line, path, mask_role, record_type, unlabelled_role) for path in kept]
-            except Filtered as reason:
-                trees.filtered(str(reason))
-                tally.left_out += left_out
-                continue
-            except RecordError as err:
-                trees.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
-                continue
-            file.writelines(record + "\n" for record in records)
-            tally.conversations[part] += len(records)
-            tally.languages.update(message.lang for path in kept for message in path if message.lang is not None)
-            tally.left_out += left_out
-            trees.written()
+        shape = chosen or format_of((lines[index] for index in range(len(lines))), str(input_file))
+        labels = None
+        if labels_from is not None:
+            labels = LabelSource(labels_from, options.schema or shape.schema or NEMO12_LANG, outputs["train"].parent)
+        run = _Run(options, shape, trees, Tally(shape.name, schema=options.schema or shape.schema), labels)
+        source = run.source(lines)
+        num_train = int(len(source) * split_ratio)
+        order = shuffled_order(len(source), seed)
+        for position, unit in enumerate(tqdm(order, desc="Preprocessing", unit=" units", file=sys.stderr)):
+            records, in_train = source.records(unit, position < num_train)
+            (train if in_train else val).writelines(record + "\n" for record in records)
+            run.tally.conversations["train" if in_train else "val"] += len(records)
         if not trees.counts["written"]:
-            raise InputError(f"{input_file}: no conversation to write. Trees: {trees.summary()}")
-    return tally
+            raise InputError(f"{input_file}: no conversation to write. {run.tally.units}: {trees.summary()}")
+    return run.tally
+
+
+@dataclass
+class _Run:
+    """What reading one unit needs to know."""
+
+    options: Options
+    format: Format
+    trees: Accounting
+    tally: Tally
+    labels: LabelSource | None
+
+    def __post_init__(self) -> None:
+        self.schema = self.tally.schema
+        unlabelled = self.options.record_type == VALUE_TO_TEXT and not self.options.compat
+        self.unlabelled_role = USER if unlabelled else None
+        if self.format.adapter is not None and self.options.filters != Filters():
+            raise InputError(
+                f"--lang, --drop_deleted and --tree_state filter OpenAssistant data; this file is {self.format.name}"
+            )
+
+    def source(self, lines: Lines) -> _Trees | _Messages | _Rows:
+        if self.format.adapter is not None:
+            return _Rows(lines, self)
+        return _Messages(lines, self) if self.format.name == OASST_MESSAGES else _Trees(lines, self)
+
+    def reject(self, line: RawLine, problem: str) -> None:
+        self.trees.rejected(line.ref, problem, line.raw)
+
+    def attributes(self, own: Attributes | None, role: str, message_id: str | None) -> Attributes | None:
+        """A turn's attributes, completed from the label file and, for graded responses, from the defaults."""
+        full = own
+        if self.labels is not None:
+            other = self.labels.get(message_id)
+            self.tally.joined["matched" if other is not None else "unmatched"] += 1
+            full = completed(own, other, self.schema)
+        if self.options.fill.items and role != USER and full is not None and any(key != LANG for key, _ in full.items):
+            full = completed(full, self.options.fill, self.schema)
+        if full is not own and full is not None:
+            self.tally.num_filled += len(full.items) - (len(own.items) if own is not None else 0)
+        return full
+
+    def kept_paths(self, found: Sequence[tuple[Message, ...]]) -> list[tuple[Message, ...]]:
+        """The paths to write, at least one; those that a filter refuses are counted. Raises Filtered."""
+        conversations = [path for path in found if len(path) > 1]
+        if not conversations:
+            raise Filtered("no reply to the prompt")
+        left_out: Counter[str] = Counter()
+        kept = []
+        for path in conversations:
+            if reason := self.options.filters.refuse_path(path):
+                left_out[reason] += 1
+            else:
+                kept.append(path)
+        self.tally.left_out += left_out
+        if not kept:
+            raise Filtered("every path left out by " + " or ".join(sorted(left_out)))
+        return kept
+
+    def refuse_tree(self, tree: Mapping[str, Any]) -> None:
+        states = self.options.filters.tree_states
+        if states and tree.get("tree_state") not in states:
+            raise Filtered("--tree_state")
+
+    def dump_paths(self, kept: Sequence[tuple[Message, ...]], tree_id: str) -> list[str]:
+        """One record per path. A message is written out once, however many paths share it.
+
+        Raises:
+            UnicodeEncodeError: a text holds a lone surrogate, which UTF-8 cannot carry.
+        """
+        # As the reference writes it: json.dumps of the whole record, default separators, non-ASCII literal.
+        tail = (
+            f'], "tree_id": {encode_basestring(tree_id)}, '
+            f'"system": {encode_basestring(SYSTEM_PROMPT if self.options.system is None else self.options.system)}, '
+            f'"mask": {encode_basestring(self.options.mask_role)}, '
+            f'"type": {encode_basestring(self.options.record_type)}}}'
+        )
+        tail.encode("utf-8")
+        turns: dict[int, str] = {}
+        for path in kept:
+            for message in path:
+                if id(message) not in turns:
+                    turns[id(message)] = turn = self._dump_message(message)
+                    turn.encode("utf-8")
+        return ['{"conversations": [' + ", ".join([turns[id(message)] for message in path]) + tail for path in kept]
+
+    def _dump_message(self, message: Message) -> str:
+        attributes = self.attributes(message.attributes, message.role, message.id)
+        text = f'{{"value": {encode_basestring(message.text)}, "from": "{message.role}"'
+        if message.role == self.unlabelled_role:
+            text += ', "label": null'
+        elif attributes is not None:
+            text += f', "label": {encode_basestring(attributes.line)}'
+        if message.lang is not None:
+            self.tally.languages.add(message.lang)
+            text += f', "lang": "{message.lang}"'
+        return text + "}"
+
+    def dump_sample(self, sample: Sample) -> str:
+        """The record of a row's conversation; `label` is null where nobody graded the turn.
+
+        Raises:
+            UnicodeEncodeError: a text holds a lone surrogate.
+        """
+        conversation = sample.conversation
+        turns = []
+        for number, turn in enumerate(conversation.turns):
+            attributes = self.attributes(
+                turn.attributes, turn.role, sample.message_ids[number] if sample.message_ids else None
+            )
+            unlabelled = turn.role == self.unlabelled_role or attributes is None
+            raw: dict[str, Any] = {
+                "value": turn.text,
+                "from": turn.role,
+                "label": None if unlabelled or attributes is None else attributes.line,
+            }
+            if sample.langs and sample.langs[number] is not None:
+                raw["lang"] = sample.langs[number]
+                self.tally.languages.add(raw["lang"])
+            turns.append(raw)
+        record: dict[str, Any] = {"conversations": turns}
+        if sample.tree_id is not None:
+            record["tree_id"] = sample.tree_id
+        system = conversation.system
+        if self.options.system is not None and not sample.has_own_system:
+            system = self.options.system
+        mask = self.options.mask_role if sample.mask is None else sample.mask
+        record.update(system=system, mask=mask, type=self.options.record_type)
+        return dump_record({**record, **sample.fields})
 
 
 class Filtered(Exception):
     """A tree of which nothing is to be written, though nothing is wrong with it."""
 
 
-def _kept_paths(
-    line: RawLine, schema: AttributeSchema, filters: Filters, left_out: Counter[str]
-) -> list[tuple[Message, ...]]:
-    """The paths to write, at least one; those that a filter refuses are counted in `left_out`."""
-    if line.record is None:
-        raise RecordError(f"{line.ref}: {line.problem}")
-    if filters.tree_states and line.record.get("tree_state") not in filters.tree_states:
-        raise Filtered("--tree_state")
-    conversations = [path for path in paths(line.record, schema, line.ref) if len(path) > 1]
-    if not conversations:
-        raise Filtered("no reply to the prompt")
-    kept = []
-    for path in conversations:
-        if reason := filters.refuse_path(path):
-            left_out[reason] += 1
+def _surrogate(err: UnicodeEncodeError) -> str:
+    return f"lone surrogate: a text holds {err.object[err.start]!r}"
+
+
+class _Trees:
+    """OpenAssistant trees, one a line."""
+
+    def __init__(self, lines: Lines, run: _Run) -> None:
+        self._lines, self._run = lines, run
+        self._sides: dict[bytes, bool] = {}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def records(self, unit: int, in_train: bool) -> tuple[list[str], bool]:
+        """The records of a tree and whether they belong to the training side."""
+        run, line = self._run, self._lines[unit]
+        try:
+            if line.record is None:
+                raise RecordError(f"{line.ref}: {line.problem}")
+            run.refuse_tree(line.record)
+            assert run.schema is not None
+            kept = run.kept_paths(list(paths(line.record, run.schema, line.ref)))
+            tree_id = line.record.get("message_tree_id")
+            if not isinstance(tree_id, str):
+                raise RecordError(f"{line.ref}: no message_tree_id: keys seen are {sorted(line.record)}")
+            records = run.dump_paths(kept, tree_id)
+        except Filtered as reason:
+            run.trees.filtered(str(reason))
+        except UnicodeEncodeError as err:
+            run.reject(line, _surrogate(err))
+        except RecordError as err:
+            run.reject(line, str(err).removeprefix(f"{line.ref}: "))
         else:
-            kept.append(path)
-    if not kept:
-        raise Filtered("every path left out by " + " or ".join(sorted(left_out)))
-    return kept
+            run.trees.written()
+            side = in_train if run.options.compat else self._sides.setdefault(_digest(tree_id), in_train)
+            run.tally.num_moved += side != in_train
+            return records, side
+        return [], in_train
 
 
-def _dump(line: RawLine, path: Sequence[Message], mask_role: str, record_type: str, unlabelled_role: str | None) -> str:
-    assert line.record is not None
-    if not isinstance(line.record.get("message_tree_id"), str):
-        raise RecordError(f"{line.ref}: no message_tree_id: keys seen are {sorted(line.record)}")
-    record = {
-        "conversations": [_turn(message, unlabelled_role) for message in path],
-        "tree_id": line.record["message_tree_id"],
-        "system": SYSTEM_PROMPT,
-        "mask": mask_role,
-        "type": record_type,
-    }
-    try:
-        return dump_record(record)
-    except UnicodeEncodeError as err:
-        raise RecordError(f"{line.ref}: lone surrogate: a text holds {err.object[err.start]!r}") from err
+class _Messages:
+    """OpenAssistant messages, one a line; each is accounted for by itself."""
+
+    def __init__(self, lines: Lines, run: _Run) -> None:
+        self._trees, self._run = MessageTrees(lines, run.reject), run
+
+    def __len__(self) -> int:
+        return len(self._trees)
+
+    def records(self, unit: int, in_train: bool) -> tuple[list[str], bool]:
+        """The records of a tree and whether they belong to the training side."""
+        run, first = self._run, self._trees.first(unit)
+        rejected: set[int] = set()
+
+        def reject(line: RawLine, problem: str) -> None:
+            rejected.add(line.ref.line)
+            run.reject(line, problem)
+
+        assert run.schema is not None
+        found, line_of = self._trees.paths(unit, run.schema, reject)
+        records: list[str] = []
+        try:
+            run.refuse_tree(first)
+            kept = run.kept_paths(found)
+            tree_id = first.get("message_tree_id")
+            records = run.dump_paths(kept, tree_id if isinstance(tree_id, str) else first["message_id"])
+            written = {message.id for path in kept for message in path}
+            reason = "every path left out by the filters"
+        except Filtered as filtered:
+            written, reason = set(), str(filtered)
+        except UnicodeEncodeError as err:
+            for line in line_of.values():
+                run.reject(line, _surrogate(err) + " in this tree")
+            return [], in_train
+        for message_id in line_of:
+            if message_id in written:
+                run.trees.written()
+            else:
+                run.trees.filtered(reason)
+        return records, in_train
 
 
-def _turn(message: Message, unlabelled_role: str | None) -> dict[str, Any]:
-    turn: dict[str, Any] = {"value": message.text, "from": message.role}
-    if message.role == unlabelled_role:
-        turn["label"] = None
-    elif message.attributes is not None:
-        turn["label"] = message.attributes.line
-    if message.lang is not None:
-        turn["lang"] = message.lang
-    return turn
+class _Rows:
+    """Any other dataset, one row a line. Rows with the same first question, or the same tree id, are one unit."""
+
+    def __init__(self, lines: Lines, run: _Run) -> None:
+        self._lines, self._run = lines, run
+        self._groups: dict[bytes, array[int]] = {}
+        for index in range(len(lines)):
+            line = lines[index]
+            try:
+                first = self._samples(line)[0]
+            except RecordError:
+                continue  # rejected below, with its reason
+            self._groups.setdefault(_key(first), array("Q")).append(index)
+        grouped = {index for rows in self._groups.values() for index in rows}
+        for index in range(len(lines)):
+            if index not in grouped:
+                self._reject(lines[index])
+        self._units = list(self._groups.values())
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def _samples(self, line: RawLine) -> list[Sample]:
+        if line.record is None:
+            raise RecordError(f"{line.ref}: {line.problem}")
+        if missing := self._run.format.needs - line.record.keys():
+            raise RecordError(
+                f"{line.ref}: missing key: {', '.join(sorted(missing))}; keys seen are {sorted(line.record)}"
+            )
+        assert self._run.format.adapter is not None
+        return self._run.format.adapter(line.record, line.ref, self._run.schema)
+
+    def _reject(self, line: RawLine) -> None:
+        try:
+            self._samples(line)
+        except RecordError as err:
+            self._run.reject(line, str(err).removeprefix(f"{line.ref}: "))
+
+    def records(self, unit: int, in_train: bool) -> tuple[list[str], bool]:
+        """The records of rows that stay together and whether they belong to the training side."""
+        run, records = self._run, []
+        for index in self._units[unit]:
+            line = self._lines[index]
+            assert line.record is not None
+            try:
+                found = [run.dump_sample(sample) for sample in self._samples(line)]
+            except UnicodeEncodeError as err:
+                run.reject(line, _surrogate(err))
+                continue
+            records += found
+            run.trees.written()
+            run.tally.unread.update(run.format.unread(line.record))
+        return records, in_train
+
+
+def _key(sample: Sample) -> bytes:
+    """What two conversations must share to stay on one side of the split."""
+    return _digest(sample.conversation.turns[0].text if sample.tree_id is None else f"tree {sample.tree_id}")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()

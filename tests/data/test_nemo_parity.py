@@ -14,7 +14,7 @@ import pytest
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.conversation import RECORD_TYPES, TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, RecordRef
-from steerlm_nemo.data.preprocessing import Filters, preprocess
+from steerlm_nemo.data.preprocessing import Options, preprocess
 from steerlm_nemo.records import Accounting, dump_record, read_records
 from steerlm_nemo.template import ChatTemplate
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
@@ -82,13 +82,9 @@ def test_every_genuine_conversation_has_nemos_tokens_and_loss(nemo, ours, shared
     preprocess(
         shared_data / folder / "trees.jsonl.gz",
         tmp_path / "out",
-        mask_role="User",
-        record_type=record_type,
         split_ratio=1.0,
         seed=10,
-        schema=NEMO12_LANG,
-        filters=Filters(),
-        label_user_turns=False,
+        options=Options(record_type=record_type),
         trees=Accounting.beside(tmp_path / "out"),
     )
     num_same = 0

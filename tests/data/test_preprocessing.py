@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.conversation import RECORD_TYPES, SYSTEM_PROMPT
-from steerlm_nemo.data.preprocessing import Filters, Lines, load_schema, preprocess, shuffled_order
+from steerlm_nemo.data.containers import Lines
+from steerlm_nemo.data.preprocessing import Filters, Options, load_schema, preprocess, shuffled_order
 from steerlm_nemo.errors import FormatMismatchError, InputError, RecordError
 from steerlm_nemo.records import Accounting
 
@@ -34,21 +35,17 @@ def write_trees(path, trees):
     return path
 
 
-def run(
-    input_file, prefix, record_type="TEXT_TO_VALUE", *, split_ratio=0.95, seed=10, filters=None, strict=False, **options
-):
+def run(input_file, prefix, record_type="TEXT_TO_VALUE", *, split_ratio=0.95, seed=10, strict=False, **options):
     trees = Accounting.beside(prefix, strict=strict)
+    files = {key: options.pop(key) for key in ("format_name", "labels_from") if key in options}
     tally = preprocess(
         input_file,
         prefix,
-        mask_role="User",
-        record_type=record_type,
         split_ratio=split_ratio,
         seed=seed,
-        schema=NEMO12_LANG,
-        filters=filters or Filters(),
-        label_user_turns=options.get("label_user_turns", False),
+        options=Options(record_type=record_type, **options),
         trees=trees,
+        **files,
     )
     return trees, tally
 
@@ -171,7 +168,7 @@ def test_genuine_trees_give_the_bytes_of_the_naive_algorithm_wherever_it_runs(
         trees = [tree for tree in map(json.loads, file) if labelled(tree["prompt"])]
     assert len(trees) > 100
     source = write_trees(tmp_path / "trees.jsonl", trees)
-    run(source, tmp_path / "out", record_type, label_user_turns=True)
+    run(source, tmp_path / "out", record_type, compat=True)
     got = [(tmp_path / f"out_{part}.jsonl").read_text(encoding="utf-8") for part in ("train", "val")]
     assert got == naive_reference(trees, record_type)
 
@@ -196,7 +193,7 @@ def test_every_genuine_tree_is_accounted_for(shared_data, tmp_path, folder):
 def test_value_to_text_records_have_no_label_on_user_turns_unless_asked(tmp_path):
     source = write_trees(tmp_path / "trees.jsonl", [WORKED_EXAMPLE])
     run(source, tmp_path / "ours", "VALUE_TO_TEXT", split_ratio=1.0)
-    run(source, tmp_path / "theirs", "VALUE_TO_TEXT", split_ratio=1.0, label_user_turns=True)
+    run(source, tmp_path / "theirs", "VALUE_TO_TEXT", split_ratio=1.0, compat=True)
     (ours, _), (theirs, _) = read(tmp_path / "ours", "train"), read(tmp_path / "theirs", "train")
     question = {"value": "Hi, what is 2+2?", "from": "User", "label": None, "lang": "en"}
     assert ours["conversations"][0] == question
@@ -328,9 +325,9 @@ def test_random_trees_give_the_bytes_of_the_naive_algorithm(tmp_path_factory, tr
     expected = naive_reference(trees, record_type, ratio, seed)
     if expected == ["", ""]:
         with pytest.raises(InputError, match="no conversation"):
-            run(source, folder / "out", record_type, split_ratio=ratio, seed=seed, label_user_turns=True)
+            run(source, folder / "out", record_type, split_ratio=ratio, seed=seed, compat=True)
         return
-    run(source, folder / "out", record_type, split_ratio=ratio, seed=seed, label_user_turns=True)
+    run(source, folder / "out", record_type, split_ratio=ratio, seed=seed, compat=True)
     assert [(folder / f"out_{part}.jsonl").read_text(encoding="utf-8") for part in ("train", "val")] == expected
 
 

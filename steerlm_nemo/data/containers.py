@@ -1,0 +1,230 @@
+"""Files and datasets of any container -> lines of JSON that can be read in any order.
+
+==========================  =========================================================================================
+JSON lines                  plain, `.gz` or `.zst`; told by content
+a JSON array                a file that starts with `[` and is not named `.jsonl`; plain, `.gz` or `.zst`
+Parquet                     read one row group after the other (needs pyarrow)
+`hf://owner/name[@split]`   a dataset of the Hugging Face Hub (needs datasets and a network); the split is `train`
+                            unless given
+a directory                 whatever `datasets` can load from it, without a network; `DIR@split` for another split
+==========================  =========================================================================================
+
+Plain JSON lines are read where they lie. Everything else is written once to an unnamed scratch file beside the output,
+one record a line, so that memory stays flat and the shuffle can still jump. A place is `path:line`, or `path:row` where
+there are no lines, both from 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, cast
+
+from steerlm_nemo.conversation import RecordRef
+from steerlm_nemo.errors import InputError
+from steerlm_nemo.records import DAMAGED, RawLine, compression, open_bytes, parse_line, require_file
+
+HUB = "hf://"
+# What makes a directory a dataset. (Without this `datasets` would search whole disks.)
+_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "*.parquet", "*.json*", "data/*.parquet", "data/*.json*")
+_CHUNK = 1 << 20  # characters of a JSON array read at a time
+
+
+class Lines:
+    """Random access to the records of a file or dataset, blank lines left out; 16 bytes of memory per record.
+
+    Raises:
+        InputError: nothing readable under this name, a package that is not installed, or damaged data.
+    """
+
+    def __init__(self, source: str | Path, scratch_dir: Path) -> None:
+        self.name = str(source)
+        self._starts = array("Q")
+        self._line_numbers = array("Q")
+        self._file = _json_lines(self.name, scratch_dir)
+        start = 0
+        for line_number, line in enumerate(self._file, 1):
+            if not line.isspace():
+                self._starts.append(start)
+                self._line_numbers.append(line_number)
+            start += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> RawLine:
+        return parse_line(self.ref(index), self.raw(index))
+
+    def ref(self, index: int) -> RecordRef:
+        return RecordRef(self.name, self._line_numbers[index])
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of a record, without line end and byte order mark."""
+        self._file.seek(self._starts[index])
+        raw = self._file.readline().rstrip(b"\r\n")
+        return raw.removeprefix(b"\xef\xbb\xbf") if self._starts[index] == 0 else raw
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+
+def require_source(source: str | Path) -> None:
+    """Refuse a name that cannot be a source, before anything is read. Raises InputError."""
+    name = str(source)
+    if name.startswith(HUB):
+        return
+    if directory := _directory(name):
+        if any(found for pattern in _DATASET_FILES for found in directory[0].glob(pattern)):
+            return
+        raise InputError(f"{name} is a directory without data files; give a file, or a directory that `datasets` loads")
+    if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir():
+        raise InputError(f"{name}: no such file; a dataset of the Hugging Face Hub is written {HUB}{name}")
+    require_file(name)
+
+
+def _directory(name: str) -> tuple[Path, str | None] | None:
+    """A directory and the split asked for, or None where the name is no directory."""
+    for path, split in ((name, None), (name.rpartition("@")[0], name.rpartition("@")[2])):
+        if path and Path(path).is_dir():
+            return Path(path), split
+    return None
+
+
+def _json_lines(name: str, scratch_dir: Path) -> IO[bytes]:
+    """One record a line, at its start, seekable."""
+    require_source(name)
+    if name.startswith(HUB):
+        dataset, _, split = name.removeprefix(HUB).partition("@")
+        return _spooled(_rows_as_lines(_dataset_rows(dataset, split or None)), scratch_dir)
+    if directory := _directory(name):
+        return _spooled(_rows_as_lines(_dataset_rows(str(directory[0]), directory[1])), scratch_dir)
+    path = Path(name)
+    with path.open("rb") as file:
+        if file.read(4) == b"PAR1":
+            return _spooled(_rows_as_lines(_parquet_rows(path)), scratch_dir)
+    try:
+        if _is_array(path):
+            return _spooled(_rows_as_lines(_array_elements(path)), scratch_dir)
+        source = open_bytes(path)
+        if compression(path) is None:
+            return cast(IO[bytes], source)
+        with source:
+            return _spooled(iter(lambda: source.read(_CHUNK), b""), scratch_dir)
+    except DAMAGED as err:
+        raise InputError(f"{path}: damaged {compression(path)} data: {err}. Fetch the file again.") from err
+
+
+def _spooled(chunks: Iterable[bytes], scratch_dir: Path) -> IO[bytes]:
+    scratch = tempfile.TemporaryFile(dir=scratch_dir)  # noqa: SIM115 - closed by Lines
+    try:
+        scratch.writelines(chunks)
+    except BaseException:
+        scratch.close()
+        raise
+    scratch.seek(0)
+    return scratch
+
+
+def _rows_as_lines(rows: Iterator[Any]) -> Iterator[bytes]:
+    # Dates and the like have no JSON form; no adapter reads one. A NaN stays one, so that its line is rejected.
+    return (json.dumps(row, default=str).encode("ascii") + b"\n" for row in rows)
+
+
+def _is_array(path: Path) -> bool:
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".jsonl"):
+        return False
+    with open_bytes(path) as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _array_elements(path: Path) -> Iterator[Any]:
+    """The elements of the array in a file, one after the other; memory holds one element and one chunk.
+
+    Raises:
+        InputError: damaged JSON. What follows a damaged element cannot be told apart, so the whole file is refused.
+    """
+    import codecs
+
+    decode = json.JSONDecoder().raw_decode
+    number = 0
+    with open_bytes(path) as file, codecs.getreader("utf-8-sig")(file) as reader:
+        try:
+            text = reader.read(_CHUNK).lstrip()[1:]
+            separator = ""  # what has to stand before the next element
+            size = _CHUNK
+            while True:
+                text = text.lstrip()
+                rest = text[len(separator) :].lstrip() if text.startswith(separator) else text
+                if text.startswith("]"):
+                    if (text[1:] + reader.read()).strip():
+                        raise InputError(f"{path}: text after the end of the array of {number} records")
+                    return
+                try:
+                    if not text.startswith(separator) or not rest:
+                        raise ValueError(f"{separator or 'a record'} or ] expected")
+                    element, end = decode(rest)
+                    if end == len(rest):  # a number may go on in the next chunk
+                        raise ValueError("the array has no end")
+                except (ValueError, RecursionError) as err:
+                    more = reader.read(size)
+                    if not more:
+                        raise InputError(f"{path}: not JSON after record {number}: {err}. Fetch it again.") from err
+                    text += more
+                    size *= 2  # so that a long element is not tried at every chunk
+                    continue
+                yield element
+                number += 1
+                text, separator, size = rest[end:], ",", _CHUNK
+        except UnicodeDecodeError as err:
+            raise InputError(f"{path}: not UTF-8 after record {number}: {err}") from err
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as err:
+        raise InputError(f"{path} is a Parquet file; `pip install pyarrow` to read it") from err
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as err:
+        raise InputError(f"{path}: damaged Parquet data: {err}. Fetch the file again.") from err
+
+
+def _dataset_rows(name: str, split: str | None) -> Iterator[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as err:
+        raise InputError(f"{name} is a dataset; `pip install 'datasets<4'` to read it") from err
+    is_local = Path(name).is_dir()
+    try:
+        if is_local and (Path(name) / "dataset_info.json").is_file():
+            rows: Iterable[Any] = datasets.load_from_disk(name)
+        elif is_local and (Path(name) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)[split or "train"]
+        else:
+            rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        rows = iter(rows)
+        first = next(rows, None)
+    # KeyError and ValueError: no such split; the rest of what goes wrong on the way to the Hub is an OSError.
+    except (OSError, ValueError, KeyError) as err:
+        reason = str(err).strip().split("\n")[0]
+        if is_local:
+            raise InputError(f"{name}: no dataset with a split {split or 'train'!r} here: {reason}") from err
+        raise InputError(
+            f"{HUB}{name}: cannot be loaded: {reason}. Without a network, download the files of the dataset elsewhere "
+            "and give one of them (JSON lines, JSON or Parquet) or their directory as --input_file."
+        ) from err
+    return iter(()) if first is None else chain((first,), rows)
