@@ -172,7 +172,10 @@ OASST10_LANG = _schema(
     languages=LANGUAGES,
 )
 
-PRESETS = {schema.name: schema for schema in (NEMO12_LANG, HELPSTEER5, COMBINED9, PAPER7, TOY6, OASST10_LANG)}
+# What NeMo-Aligner takes of OASST into the nine of `combined9`: the helpfulness there is HelpSteer's.
+OASST4 = _schema("oasst4", "quality toxicity humor creativity")
+
+PRESETS = {schema.name: schema for schema in (NEMO12_LANG, HELPSTEER5, COMBINED9, PAPER7, TOY6, OASST10_LANG, OASST4)}
 
 
 def schema_named(name: str) -> AttributeSchema:

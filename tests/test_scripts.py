@@ -17,6 +17,7 @@ HEAVY = {"torch", "nemo", "nemo_aligner", "megatron", "lightning", "transformers
 # Arguments that are complete, but name an input that does not exist ({missing}) beside a free output ({out}).
 MISSING_INPUT = {
     "attribute_annotate": "--input_file_name={missing} --output_file_name={out}",
+    "build_sft_data": "--input-file={missing} --output-file={out}",
     "convert_hf_llama_to_nemo": "--in-file={missing} --out-file={out}",
     "convert_nemo_to_hf_llama": "--in-file={missing} --out-file={out}",
     "data_clean": "--dataset_file={missing} --output_file={out} --library=sentencepiece --model_file={missing}",
@@ -26,6 +27,7 @@ MISSING_INPUT = {
     "megatron_gpt_eval": "gpt_model_file={missing} server=True",
     "plan_steering": "--prompts_file={missing} --output_file={out}",
     "preprocessing": "--input_file={missing} --output_file_prefix={out}",
+    "process_to_regression_format": "--input-file={missing} --output-file={out}",
     "report": "--graded_file={missing} --graded_responses_file={missing} --output_dir={out}",
     "steered_inference": "--input_file={missing} --output_file={out}",
     "train_gpt_sft": "model.restore_from_path={missing} model.data.train_ds.file_path={missing} "

@@ -60,7 +60,7 @@ FORMATS = (
     _format("instruction",     "instruction output",                        "input",  instructions.instruction, None),
     _format("prompt-response", "prompt response",                           "",       instructions.prompted, None),
     _format("text-output",     "text output",                               "",       instructions.text, None),
-    _format("templated",       "text",                                      "",       templated.templated, None),
+    _format("templated",       "text",                                      "label",  templated.templated, None),
 )
 # fmt: on
 

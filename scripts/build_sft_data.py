@@ -1,0 +1,35 @@
+r"""Annotated conversations -> training data of the attribute-conditioned model, and the same as plain `messages`.
+
+    python scripts/build_sft_data.py --input-file=data/train.annotated.jsonl --output-file=data/train_sft.jsonl \
+        --messages-file=data/train_messages.jsonl
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from steerlm_nemo.errors import exit_with_message
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input-file", required=True, help="chat records with labels, .jsonl (also .gz or .zst)")
+    parser.add_argument("--output-file", required=True, help="VALUE_TO_TEXT records; rejects go beside it")
+    parser.add_argument("--messages-file", help="the same conversations as `messages`, attributes in the user's turn")
+    parser.add_argument("--strict", action="store_true", help="stop at the first unusable record")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print how often each grade occurs")
+    args = parser.parse_args(argv)
+
+    from steerlm_nemo.data.attribute_statistics import AttributeStatistics
+    from steerlm_nemo.data.sft_data import build_sft_data
+    from steerlm_nemo.records import Accounting
+
+    records = Accounting.beside(args.output_file, strict=args.strict)
+    statistics = AttributeStatistics()
+    build_sft_data(args.input_file, args.output_file, records, statistics, args.messages_file)
+    print(f"records: {records.summary()}")
+    if args.verbose:
+        print(statistics.table())
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

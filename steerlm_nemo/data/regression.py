@@ -1,0 +1,120 @@
+r"""Graded conversations -> what NeMo-Aligner's regression reward model is trained on.
+
+One line per graded turn: the conversation up to and including it in NeMo-Aligner's template, and its grades as a
+vector. -100 stands for an attribute that was not graded; the loss leaves it out::
+
+    {"text": "<extra_id_0>System\nA chat ...\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nHello.\n<extra_id_2>",
+     "label": [4.0, 0.0, 2.0, 2.0, -100.0, -100.0, -100.0, -100.0, -100.0]}
+
+As in the reference the system prompt is always the same one, whatever the record says, and earlier turns carry no
+labels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from steerlm_nemo.attributes import COMBINED9, LANG
+from steerlm_nemo.conversation import ASSISTANT, USER, RecordRef
+from steerlm_nemo.data.attribute_statistics import AttributeStatistics
+from steerlm_nemo.data.helpsteer import ALIGNER_SYSTEM_PROMPT
+from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file
+
+# The order of the vector is the order that models published with it answer in.
+VECTOR = COMBINED9.names
+MISSING = -100.0
+_HEADER = f"<extra_id_0>System\n{ALIGNER_SYSTEM_PROMPT}\n"
+_LABEL_PREFIX = "<extra_id_2>"
+
+
+def vector_of(label: str) -> tuple[list[float], list[str]]:
+    """The vector of a label line, and the keys of the line that have no place in it.
+
+    A strength of preference may be negative. Raises ValueError saying which item is malformed.
+    """
+    values: dict[str, float] = {}
+    others = []
+    for item in label.split(","):
+        key, colon, value = item.partition(":")
+        if not colon or not key or key in values or key in others:
+            raise ValueError(f"attribute item {item!r} is not a new key:value pair")
+        if key not in VECTOR:
+            others.append(key)
+        elif re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", value, re.ASCII):
+            values[key] = float(value)
+        else:
+            raise ValueError(f"attribute {key} has value {value!r}, which is not a number")
+    return [values.get(name, MISSING) for name in VECTOR], others
+
+
+def process_to_regression_format(
+    input_file: str | Path, output_file: str | Path, records: Accounting, statistics: AttributeStatistics
+) -> Counter[str]:
+    """Write one line per graded turn. Returns the keys that had no place in the vector, with their number of turns.
+
+    `records` counts each record read: written (one turn or more), filtered (no turn has a grade of the vector),
+    rejected (it cannot be read, or a label is malformed).
+
+    Raises:
+        InputError: an unusable file, or no line to write.
+        RecordError: an unusable record in strict mode.
+    """
+    require_file(input_file)
+    if Path(output_file).exists() and Path(output_file).samefile(input_file):
+        raise InputError(f"{output_file} is the input itself; choose another --output-file")
+    others: Counter[str] = Counter()
+    with records, atomic_output(output_file) as output:
+        for line in read_lines(input_file):
+            try:
+                if line.record is None:
+                    raise RecordError(f"{line.ref}: {line.problem}")
+                samples = _samples(line.record.get("conversations"), line.ref, others)
+                texts = [dump_record({"text": text, "label": vector}) for text, vector in samples]
+            except RecordError as err:
+                records.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
+                continue
+            except UnicodeEncodeError as err:
+                records.rejected(line.ref, f"lone surrogate: a text holds {err.object[err.start]!r}", line.raw)
+                continue
+            if not texts:
+                records.filtered("no turn has a grade of the vector")
+                continue
+            output.writelines(text + "\n" for text in texts)
+            for _, vector in samples:
+                statistics.add({n: value for n, value in zip(VECTOR, vector, strict=True) if value != MISSING})
+            records.written()
+        if not records.counts["written"]:
+            raise InputError(f"{input_file}: no graded turn to write. Records: {records.summary()}")
+    return others
+
+
+def _samples(turns: object, ref: RecordRef, others: Counter[str]) -> Sequence[tuple[str, list[float]]]:
+    """(text, vector) of every turn with a grade of the vector. Raises RecordError for an invalid sample."""
+    if not isinstance(turns, list):
+        raise RecordError(f"{ref}: wrong type: 'conversations' must be a list of turns")
+    text, samples = _HEADER, []
+    for number, turn in enumerate(turns):
+        role, value, label = (turn.get(key) for key in ("from", "value", "label")) if isinstance(turn, dict) else "???"
+        if role not in (USER, ASSISTANT) or not isinstance(value, str) or not isinstance(label, str | None):
+            raise RecordError(f"{ref}: wrong type: turn {number} must have 'from' ({USER} or {ASSISTANT}) and 'value'")
+        text += f"<extra_id_1>{role}\n{value}\n"
+        if not label:
+            continue
+        try:
+            vector, without_place = vector_of(label)
+        except ValueError as err:
+            raise RecordError(f"{ref}: invalid sample: turn {number}: {err}") from err
+        others.update(without_place)
+        if any(value != MISSING for value in vector):
+            samples.append((text + _LABEL_PREFIX, vector))
+    return samples
+
+
+def note_on(others: Counter[str]) -> str:
+    """What to say about keys without a place in the vector; `lang` is no grade and goes without saying."""
+    lost = {key: count for key, count in others.items() if key != LANG}
+    return "; ".join(f"{key}: {count}" for key, count in sorted(lost.items()))

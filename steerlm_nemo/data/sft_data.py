@@ -1,0 +1,101 @@
+"""Conversations with predicted attributes -> data to train an attribute-conditioned model on (SteerLM step 3).
+
+Two forms of the same conversations: VALUE_TO_TEXT records for `train_gpt_sft.py`, and plain `messages` for any other
+trainer. There the attribute line is the last line of the user message that the response answers::
+
+    {"messages": [{"role": "system", "content": "A chat ..."},
+                  {"role": "user", "content": "Hi\\nquality:4,toxicity:0"},
+                  {"role": "assistant", "content": "Hello."}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from steerlm_nemo.attributes import LANG
+from steerlm_nemo.conversation import ASSISTANT, USER, VALUE_TO_TEXT, Conversation, Turn
+from steerlm_nemo.data.attribute_statistics import AttributeStatistics
+from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file
+
+
+def build_sft_data(
+    input_file: str | Path,
+    output_file: str | Path,
+    records: Accounting,
+    statistics: AttributeStatistics,
+    messages_file: str | Path | None = None,
+) -> None:
+    """Write the VALUE_TO_TEXT records and, where asked for, the same conversations as `messages`.
+
+    `records` counts each record read: written, filtered (a response that nobody graded would teach the model to answer
+    without attributes), rejected (it cannot be read).
+
+    Raises:
+        InputError: an unusable file, or no record to write.
+        RecordError: an unusable record in strict mode.
+    """
+    require_file(input_file)
+    for output in filter(None, (output_file, messages_file)):
+        if Path(output).exists() and Path(output).samefile(input_file):
+            raise InputError(f"{output} is the input itself; choose another output file")
+    with ExitStack() as stack:
+        stack.enter_context(records)
+        out = stack.enter_context(atomic_output(output_file))
+        plain = stack.enter_context(atomic_output(messages_file)) if messages_file else None
+        for line in read_lines(input_file):
+            try:
+                if line.record is None:
+                    raise RecordError(f"{line.ref}: {line.problem}")
+                conversation = Conversation.from_record(line.record, line.ref)
+                responses = [turn for turn in conversation.turns if turn.role not in conversation.mask_roles]
+                if not responses or not all(map(_is_graded, responses)):
+                    records.filtered("a response without attributes" if responses else "no response")
+                    continue
+                sft = dump_record(_value_to_text(line.record, conversation))
+                as_messages = dump_record(_messages(conversation)) if plain else ""
+            except RecordError as err:
+                records.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
+                continue
+            except UnicodeEncodeError as err:
+                records.rejected(line.ref, f"lone surrogate: a text holds {err.object[err.start]!r}", line.raw)
+                continue
+            out.write(sft + "\n")
+            if plain:
+                plain.write(as_messages + "\n")
+            for turn in responses:
+                assert turn.attributes is not None
+                statistics.add({key: int(value) for key, value in turn.attributes.items if key != LANG})
+            records.written()
+        if not records.counts["written"]:
+            raise InputError(f"{input_file}: no record to write. Records: {records.summary()}")
+
+
+def _is_graded(turn: Turn) -> bool:
+    return turn.attributes is not None and any(key != LANG for key, _ in turn.attributes.items)
+
+
+def _value_to_text(record: Mapping[str, Any], conversation: Conversation) -> dict[str, Any]:
+    """The record with its type set and without labels on the turns that are not learnt; all else as it was."""
+    turns = [
+        {**turn, "label": None} if turn["from"] in conversation.mask_roles else turn for turn in record["conversations"]
+    ]
+    return {**record, "conversations": turns, "type": VALUE_TO_TEXT}
+
+
+def _messages(conversation: Conversation) -> dict[str, Any]:
+    """The conversation as `messages`. Raises RecordError for another speaker, or a response without a question."""
+    messages = [{"role": "system", "content": conversation.system.rstrip("\n")}]
+    for number, turn in enumerate(conversation.turns):
+        if turn.role not in (USER, ASSISTANT):
+            raise RecordError(f"{conversation.ref}: unknown role: turn {number} is from {turn.role!r}")
+        if turn.role == ASSISTANT:
+            if messages[-1]["role"] != "user":
+                raise RecordError(f"{conversation.ref}: no question: turn {number} answers no message of the user")
+            assert turn.attributes is not None
+            messages[-1]["content"] += f"\n{turn.attributes.line}"
+        messages.append({"role": turn.role.lower(), "content": turn.text})
+    return {"messages": messages}
