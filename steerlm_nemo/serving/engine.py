@@ -1,56 +1,76 @@
-"""The Megatron engine: continues batches of prompts with a KV cache, on all ranks of a tensor-parallel group.
+"""The Megatron engine: continues the rows of many requests together, on all ranks of a tensor-parallel group.
 
-Rank 0 takes the calls. It sends each batch to the others as JSON (no pickle), and then every rank runs the same
-loop; rank 0 draws the tokens and sends them around, so that ranks cannot drift apart.
-
-Decoding follows NeMo's `sample_sequence_batch`: prefill up to the shortest prompt, then one position at a time, rows
-still inside their prompt being fed from it. Different from it: every row has its own limit (D-16), the repetition
-penalty works and knows signs (D-17), full log-probabilities need no other flag (D-15).
-B rows, V vocabulary.
+Rank 0 plans each forward pass and sends the plan as integers (no pickle). Every rank runs it; rank 0 draws the tokens,
+which the others learn with the next plan. So whatever fails outside the model fails on rank 0 only, and ranks cannot
+drift apart (D-18). What fails inside the model ends the server: the other ranks may be in a collective without partner.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.serving.cache import KVCache
 from steerlm_nemo.serving.loading import LoadedModel
-from steerlm_nemo.serving.sampling import Completion, ModelInfo, Sample
+from steerlm_nemo.serving.sampling import EngineCounters, Event, ModelInfo, Sample
+from steerlm_nemo.serving.scheduler import Scheduler, StepPlan
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
-# Rows of one batch differ in prompt length by at most this much: each position between the shortest and the longest
-# prompt is a decoding step of its own.
-MAX_LENGTH_SPREAD = 16
-MAX_ROWS = 128
-_FAILED = -1  # no token id
 EXIT_RANK_FAILED = 70
 _IDLE_TIMEOUT = timedelta(days=365)  # followers wait for work without limit; a dead rank 0 closes their connection
+_HEAD = 4096  # integers of the first message of a plan; what is longer needs a second one
 
 
-class DrawError(RuntimeError):
-    """No token could be drawn for a batch; every rank raises it at the same place."""
+@dataclass(frozen=True)
+class EngineSettings:
+    """`engine` of nemo_configs/megatron_gpt_inference.yaml."""
+
+    max_batch_rows: int  # rows in the model at a time
+    max_step_tokens: int  # of one forward pass; a longer prompt is computed in pieces
+    kv_cache_gb: float  # per rank; what running rows leave of it keeps prefixes of ended ones
+    prefix_reuse: bool
 
 
 class MegatronEngine:
-    """`serving.sampling.Engine` on a loaded model. Create it on every rank; call `generate` on rank 0 only."""
+    """`serving.sampling.Engine` on a loaded model. Create it on every rank; rank 0 steps it, the others `follow`.
 
-    def __init__(self, loaded: LoadedModel, name: str) -> None:
-        self._loaded = loaded
-        self._model = loaded.nemo_model.model
-        self._device = next(self._model.parameters()).device
-        # A gloo group of its own: waiting for work must neither time out nor occupy the accelerator.
-        self._wake_group = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
+    Raises:
+        ConfigError: the cache is too small for one row of the model's context.
+    """
+
+    def __init__(self, loaded: LoadedModel, name: str, settings: EngineSettings) -> None:
+        from steerlm_nemo.compat.inference import CachedModel
+
+        self._precision = loaded.precision
+        model = loaded.nemo_model.model
         context_length = int(loaded.config.get("encoder_seq_length") or loaded.config["max_position_embeddings"])
+        # Ended rows keep a line each, as long as there are places.
+        num_lines = 4 * settings.max_batch_rows
+        affordable = int(settings.kv_cache_gb * 2**30 / CachedModel.bytes_per_token(model))
+        if affordable < context_length:
+            needed = context_length * CachedModel.bytes_per_token(model) / 2**30
+            raise ConfigError(
+                f"engine.kv_cache_gb={settings.kv_cache_gb} holds {affordable} tokens, but the model's context is "
+                f"{context_length}; set engine.kv_cache_gb to {needed:.3g} or more"
+            )
+        num_places = min(affordable, num_lines * context_length)
+        self._model = CachedModel(model, num_places, context_length)
+        # line, position -> place in the cache; what is not set is never looked at, but must be a place.
+        self._table = torch.zeros((num_lines, context_length), dtype=torch.int64, device=self._model.device)
+        # A gloo group of its own: waiting for work must neither time out nor occupy the accelerator.
+        self._num_ranks = dist.get_world_size()
+        self._plan_group = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT) if self._num_ranks > 1 else None
         self.info = ModelInfo(
             name=name,
             tokenizer=loaded.tokenizer,
@@ -60,253 +80,125 @@ class MegatronEngine:
             report={
                 **loaded.capabilities.as_dict(),
                 "tp_size": loaded.tp_size,
-                "dtype": str(next(self._model.parameters()).dtype).removeprefix("torch."),
+                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+                "kv_cache_tokens": num_places,
             },
+            identity=loaded.identity,
+        )
+        cache = KVCache(num_lines, num_places, context_length)
+        self._scheduler = Scheduler(
+            cache, self.info, settings.max_batch_rows, settings.max_step_tokens, settings.prefix_reuse
         )
 
-    def generate(self, samples: Sequence[Sample]) -> list[Completion]:
-        """One completion per sample, in order. Rank 0 only.
+    @property
+    def counters(self) -> EngineCounters:
+        return self._scheduler.counters
 
-        Raises:
-            DrawError: all ranks gave the batch up together and stay usable.
-        """
-        results: dict[int, Completion] = {}
-        for rows in _batches(samples):
-            batch = [samples[row] for row in rows]
-            self._send({"samples": [asdict(sample) for sample in batch]})
-            results.update(zip(rows, self._run_together(batch), strict=True))
-        return [results[row] for row in range(len(samples))]
+    def add(self, sample: Sample) -> int:
+        return self._scheduler.add(sample)
+
+    def cancel(self, row: int) -> None:
+        self._scheduler.cancel(row)
+
+    def step(self) -> Sequence[Event]:
+        """Rank 0 only. A failure inside the model fails the running rows if this is the only rank, else the server."""
+        plan = self._scheduler.plan()
+        if plan is None:
+            return []
+        try:
+            self._send(plan.pack())
+            logits = self._forward(plan)
+        except Exception as err:
+            self._end_if_not_alone()
+            logger.exception("the model failed; the %d rows it worked on are given up", len(plan.lines))
+            return self._scheduler.fail_running(err)
+        return self._scheduler.take(logits)
 
     def follow(self) -> None:
-        """The life of every other rank: wait for a batch, work on it, until rank 0 calls `close`.
+        """The life of every other rank: run each plan, until rank 0 calls `close`.
 
-        Signals are rank 0's to act on: it may still have answers to finish, and needs its partners for them.
+        Signals are rank 0's to act on: it may still have responses to finish, and needs its partners for them.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        while (message := self._receive()) is not None:
-            samples = [Sample(**{k: _tuples(v) for k, v in raw.items()}) for raw in message["samples"]]
+        while True:
             try:
-                self._run_together(samples)
-            except DrawError:
-                logger.debug("gave a batch up together with rank 0")
+                packed = self._receive()
+                if packed is None:
+                    return
+                self._forward(StepPlan.unpack(packed))
+            except Exception:
+                self._end_if_not_alone()
 
     def close(self) -> None:
         """Let the other ranks end. Rank 0 only."""
-        self._send(None)
+        self._send(np.zeros(1, np.int64))
 
-    def _run_together(self, samples: Sequence[Sample]) -> list[Completion]:
-        """Decode on this rank.
+    def _end_if_not_alone(self) -> None:
+        if self._num_ranks > 1:
+            # The other ranks may be inside a collective that this one left, or this one in one that they left: nothing
+            # can be said to them any more. Ending is what they notice, and the launcher then ends them.
+            rank = dist.get_rank()
+            logger.critical(
+                "rank %d failed inside the model or lost another rank; the server ends", rank, exc_info=True
+            )
+            os._exit(EXIT_RANK_FAILED)
 
-        Raises:
-            DrawError: on every rank alike, so they are still in step (D-18).
-        """
-        try:
-            with torch.inference_mode():
-                return _decode(self._forward, samples, self.info, self._device)
-        except DrawError:
-            raise
-        except Exception:
-            if dist.get_world_size() > 1:
-                # The other ranks may be inside a collective that this one left: nothing can be said to them any more.
-                # Ending is what they notice, and the launcher then ends them.
-                logger.critical("this rank failed inside the model; the server ends", exc_info=True)
-                os._exit(EXIT_RANK_FAILED)
-            raise
+    @torch.inference_mode()
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        """Logits [wanted, V]."""
+        from steerlm_nemo.compat.inference import group_rows
 
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, context: Any) -> torch.Tensor:
-        """Logits [B,S,V] in fp32 of the whole vocabulary, on every rank."""
-        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+        device = self._table.device
+        line, position, place = (torch.from_numpy(part).to(device) for part in plan.table)
+        self._table[line, position] = place
+        totals = torch.from_numpy(plan.totals)
+        rows = self._table[torch.from_numpy(plan.lines).to(device), : int(totals.max())]
+        groups = group_rows(torch.from_numpy(plan.num_new), totals, rows, self._model.repeats, self._model.dtype)
+        amp = {"16": torch.float16}.get(self._precision)
+        with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
+            return self._model.logits(
+                torch.from_numpy(plan.tokens).to(device),
+                torch.from_numpy(plan.positions).to(device),
+                torch.from_numpy(plan.places).to(device),
+                groups,
+                torch.from_numpy(plan.wanted).to(device),
+            )
 
-        amp = {"16": torch.float16}.get(self._loaded.precision)
-        with torch.autocast(self._device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
-            logits = self._model(tokens, positions, None, inference_context=context)
-        return gather_from_tensor_model_parallel_region(logits).float()
+    def _send(self, packed: np.ndarray) -> None:
+        if self._num_ranks == 1:
+            return
+        head = np.zeros(_HEAD, np.int64)
+        head[: len(packed)] = packed[:_HEAD]
+        dist.broadcast(torch.from_numpy(head), src=0, group=self._plan_group)
+        if len(packed) > _HEAD:
+            dist.broadcast(torch.from_numpy(packed[_HEAD:].copy()), src=0, group=self._plan_group)
 
-    def _send(self, message: dict[str, Any] | None) -> None:
-        body = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        dist.broadcast(torch.tensor([len(body)]), src=0, group=self._wake_group)
-        dist.broadcast(body, src=0, group=self._wake_group)
-
-    def _receive(self) -> dict[str, Any] | None:
-        size = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self._wake_group)
-        body = torch.zeros(int(size.item()), dtype=torch.uint8)
-        dist.broadcast(body, src=0, group=self._wake_group)
-        return json.loads(bytes(body.numpy()))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _batches(samples: Sequence[Sample]) -> list[list[int]]:
-    """Row numbers in batches of similar prompt length."""
-    by_length = sorted(range(len(samples)), key=lambda row: len(samples[row].prompt_ids))
-    batches: list[list[int]] = []
-    for row in by_length:
-        batch = batches[-1] if batches else []
-        if batch and len(batch) < MAX_ROWS and _spread(samples, batch[0], row) <= MAX_LENGTH_SPREAD:
-            batch.append(row)
-        else:
-            batches.append([row])
-    return batches
+    def _receive(self) -> np.ndarray | None:
+        """The next plan, packed; None at the end."""
+        head = torch.zeros(_HEAD, dtype=torch.int64)
+        dist.broadcast(head, src=0, group=self._plan_group)
+        length = int(head[0])
+        if length <= _HEAD:
+            return head[:length].numpy() if length else None
+        rest = torch.zeros(length - _HEAD, dtype=torch.int64)
+        dist.broadcast(rest, src=0, group=self._plan_group)
+        return torch.cat([head, rest]).numpy()
 
 
-def _spread(samples: Sequence[Sample], shortest: int, row: int) -> int:
-    return len(samples[row].prompt_ids) - len(samples[shortest].prompt_ids)
+def settings_from(config: Any) -> EngineSettings:
+    """Check the `engine` section of the server's config.
 
-
-@dataclass
-class _Row:
-    """One prompt while it is being continued."""
-
-    sample: Sample
-    token_ids: list[int]
-    generator: torch.Generator | None
-    finish_reason: str | None = None
-    logprob: list[float] = field(default_factory=list)
-    full_logprob: list[list[float]] = field(default_factory=list)
-    step: int = 0  # of the constraint
-    chosen: tuple[int, ...] = ()  # tokens of that step so far
-    num_overruled: int = 0
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.token_ids) - len(self.sample.prompt_ids)
-
-    def completion(self) -> Completion:
-        sample = self.sample
-        return Completion(
-            token_ids=tuple(self.token_ids),
-            num_prompt_tokens=len(sample.prompt_ids),
-            finish_reason=self.finish_reason or "length",
-            logprob=tuple(self.logprob) if sample.compute_logprob else None,
-            full_logprob=self.full_logprob if sample.all_probs else None,
-            num_overruled=self.num_overruled,
-        )
-
-    def allowed(self) -> list[int]:
-        """Next tokens the constraint permits."""
-        done = len(self.chosen)
-        return sorted({option[done] for option in self.sample.constraint[self.step] if option[:done] == self.chosen})
-
-    def follow(self, token: int) -> bool:
-        """Take a permitted token. True when the constraint is at its end."""
-        self.chosen += (token,)
-        if self.chosen in self.sample.constraint[self.step]:
-            self.step, self.chosen = self.step + 1, ()
-        return self.step == len(self.sample.constraint)
-
-
-def _decode(forward: Any, samples: Sequence[Sample], info: ModelInfo, device: torch.device) -> list[Completion]:
-    """Continue a batch; the same on every rank."""
-    from megatron.core.inference.contexts import StaticInferenceContext
-
-    rows = [_Row(sample, list(sample.prompt_ids), _generator(sample)) for sample in samples]
-    shortest = min(len(sample.prompt_ids) for sample in samples)
-    longest = max(len(sample.prompt_ids) + sample.tokens_to_generate for sample in samples)
-    context = StaticInferenceContext(max_batch_size=len(rows), max_sequence_length=longest)
-    wants_prompt_logprob = any(sample.compute_logprob or sample.all_probs for sample in samples)
-    context.materialize_only_last_token_logits = not wants_prompt_logprob
-    is_first = dist.get_rank() == 0
-    start, end = 0, shortest
-    while True:
-        # A finished row is fed EOS to keep its place in the batch.
-        chunk = [(row.token_ids + [info.tokenizer.eos_id] * end)[start:end] for row in rows]
-        tokens = torch.tensor(chunk, dtype=torch.int64, device=device)
-        positions = torch.arange(start, end, device=device).expand(len(rows), end - start)
-        logits_BSV = forward(tokens, positions, context)
-        context.sequence_len_offset += end - start
-        drawn = torch.full((len(rows),), _FAILED, dtype=torch.int64)
-        error: Exception | None = None
-        if is_first:
-            try:
-                drawn = torch.tensor([_next_token(row, end, logits_BSV[i, -1], info) for i, row in enumerate(rows)])
-            except Exception as err:  # the other ranks wait for what rank 0 drew, and must hear that it drew nothing
-                error = err
-        if dist.get_world_size() > 1:
-            drawn = drawn.to(device)
-            dist.broadcast(drawn, src=0)
-        if drawn[0] == _FAILED:
-            raise DrawError(f"rank 0 could not draw a token: {error}") from error
-        for row, token, logits_SV in zip(rows, drawn.tolist(), logits_BSV, strict=True):
-            _advance(row, token, start, end, logits_SV if wants_prompt_logprob and is_first else None, info)
-        if all(row.finish_reason for row in rows):
-            return [row.completion() for row in rows]
-        start, end = end, end + 1
-
-
-def _generator(sample: Sample) -> torch.Generator | None:
-    if sample.random_seed is None:
-        return None
-    return torch.Generator().manual_seed(sample.random_seed)
-
-
-def _next_token(row: _Row, end: int, logits_V: torch.Tensor, info: ModelInfo) -> int:
-    """The id at position `end`: the prompt's, a drawn one, or EOS for a finished row."""
-    if end < len(row.token_ids):
-        return row.token_ids[end]
-    if row.finish_reason is not None:
-        return info.tokenizer.eos_id
-    sample = row.sample
-    logits = logits_V.cpu().clone()
-    logits[info.vocab_size :] = -torch.inf  # padding of the vocabulary
-    if sample.constraint:
-        allowed = row.allowed()
-        if len(sample.constraint[row.step]) > 1:
-            row.num_overruled += int(logits.argmax()) not in allowed
-        return allowed[int(logits[allowed].argmax())]
-    if row.num_generated < sample.min_tokens_to_generate:
-        logits[info.tokenizer.eos_id] = -torch.inf
-    if sample.greedy:
-        return int(logits.argmax())
-    logits /= max(sample.temperature, 1e-6)  # below, everything but the likeliest token is at 0 in fp32 anyway
-    _penalise_repetition(logits, row.token_ids, sample.repetition_penalty)
-    if sample.top_k > 0:
-        logits[logits < logits.topk(min(sample.top_k, info.vocab_size)).values[-1]] = -torch.inf
-    if 0.0 < sample.top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(0).cumsum(0) - ordered.softmax(0)
-        logits[order[before > sample.top_p]] = -torch.inf  # the token that crosses the threshold stays
-    return int(torch.multinomial(logits.softmax(0), 1, generator=row.generator))
-
-
-def _penalise_repetition(logits: torch.Tensor, token_ids: Sequence[int], penalty: float) -> None:
-    """Make ids that occurred less likely (CTRL, arXiv:1909.05858), whatever the sign of their logit."""
-    if penalty == 1.0:
-        return
-    used = torch.tensor(sorted(set(token_ids)))
-    logits[used] = torch.where(logits[used] > 0, logits[used] / penalty, logits[used] * penalty)
-
-
-def _advance(row: _Row, token: int, start: int, end: int, logits_SV: torch.Tensor | None, info: ModelInfo) -> None:
-    """Take the token of position `end` and see whether the row is finished."""
-    if row.finish_reason is not None:
-        return
-    in_prompt = end < len(row.token_ids)
-    if not in_prompt:
-        row.token_ids.append(token)
-    if logits_SV is not None:
-        # Untempered, over the real vocabulary; logits at position t score the id at t+1.
-        logprobs = logits_SV[:, : info.vocab_size].log_softmax(-1).cpu()
-        if row.sample.compute_logprob:
-            targets = row.token_ids[start + 1 : end + 1]
-            row.logprob += [float(logprobs[t, target]) for t, target in enumerate(targets)]
-        if row.sample.all_probs:
-            row.full_logprob += logprobs.tolist()
-    if not in_prompt:
-        row.finish_reason = _finish_reason(row, token, info)
-
-
-def _finish_reason(row: _Row, token: int, info: ModelInfo) -> str | None:
-    sample = row.sample
-    if sample.constraint:
-        return "stop" if row.follow(token) else None
-    if token in sample.stop_ids:
-        return "stop"
-    if sample.stop_texts:
-        tail = info.tokenizer.decode(row.token_ids[len(sample.prompt_ids) :])
-        if tail.endswith(sample.stop_texts):
-            return "stop"
-    return "length" if row.num_generated >= sample.tokens_to_generate else None
+    Raises:
+        ConfigError: every value that cannot be, together.
+    """
+    problems = [
+        f"engine.{key} is {config[key]!r}; it must be a number greater than 0"
+        for key in ("max_batch_rows", "max_step_tokens", "kv_cache_gb")
+        if isinstance(config[key], bool) or not isinstance(config[key], (int, float)) or not config[key] > 0
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return EngineSettings(
+        int(config.max_batch_rows), int(config.max_step_tokens), float(config.kv_cache_gb), bool(config.prefix_reuse)
+    )

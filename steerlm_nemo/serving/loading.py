@@ -36,6 +36,7 @@ class LoadedModel:
     tp_size: int
     precision: str
     capabilities: Capabilities
+    identity: str  # of the checkpoint's content
 
 
 def check_parallelism(config: Mapping[str, Any], tp_size: int, pp_size: int, num_ranks: int) -> None:
@@ -129,6 +130,7 @@ def load_for_inference(path: str | Path, tensor_model_parallel_size: int = 1, pr
             tp_size=tensor_model_parallel_size,
             precision=precision,
             capabilities=capabilities,
+            identity="",
         )
     model.freeze()
     if capabilities.device == "cuda":

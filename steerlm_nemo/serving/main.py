@@ -50,13 +50,14 @@ def run(cfg: DictConfig) -> None:
 
     import torch
 
-    from steerlm_nemo.serving.engine import MegatronEngine
+    from steerlm_nemo.serving.engine import MegatronEngine, settings_from
     from steerlm_nemo.serving.loading import load_for_inference
 
+    settings = settings_from(cfg.engine)
     precision = cfg.trainer.precision or ("bf16" if torch.cuda.is_available() else "32")
     precision = str(precision).removesuffix("-mixed")
     loaded = load_for_inference(cfg.gpt_model_file, cfg.tensor_model_parallel_size, precision)
-    engine = MegatronEngine(loaded, name=Path(cfg.gpt_model_file).stem)
+    engine = MegatronEngine(loaded, Path(cfg.gpt_model_file).stem, settings)
     if not is_first:
         engine.follow()
         _leave()
@@ -68,7 +69,8 @@ def run(cfg: DictConfig) -> None:
             from steerlm_nemo.serving.api import build_app
             from steerlm_nemo.serving.server import serve
 
-            serve(build_app(engine, compat=cfg.compat), listener, engine.info.name)
+            app = build_app(engine, compat=cfg.compat, max_batch_rows=settings.max_batch_rows)
+            serve(app, listener, engine.info.name)
     finally:
         engine.close()
     _leave()
@@ -90,8 +92,9 @@ def _continue_prompts(cfg: DictConfig, engine: Any) -> None:
 
     from steerlm_nemo.serving.api import completion_text
     from steerlm_nemo.serving.request import GenerateRequest
+    from steerlm_nemo.serving.sampling import complete
 
     body: dict[str, Any] = OmegaConf.to_container(cfg.inference)  # type: ignore[assignment]
     request = GenerateRequest.from_json({"sentences": list(cfg.prompts), **body})
-    for completion in engine.generate(request.samples(engine.info)):
+    for completion in complete(engine, request.samples(engine.info)):
         print(completion_text(completion, engine.info))

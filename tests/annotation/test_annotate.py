@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import live
 import pytest
@@ -16,6 +17,7 @@ from steerlm_nemo.annotation.annotate import AnnotationSettings, annotate, label
 from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.errors import IncompleteError, InputError
 from steerlm_nemo.serving.client import ServerClient
+from steerlm_nemo.serving.sampling import Failed
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "attribute_annotate.py"
 
@@ -101,12 +103,12 @@ def test_later_turns_see_the_grades_given_to_earlier_ones(value_engine, value_po
             turn["label"] = turn["label"] and "quality:0,humor:0,lang:en"  # must not be what the model is shown
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     seen = []
-    generate = value_engine.generate
-    value_engine.generate = lambda samples: (seen.extend(samples), generate(samples))[1]
+    add = value_engine.add
+    value_engine.add = lambda sample: (seen.append(sample), add(sample))[1]
     try:
         run(source, tmp_path / "out.jsonl", value_port)
     finally:
-        value_engine.generate = generate
+        value_engine.add = add
     prompts = {value_engine.info.tokenizer.decode(list(sample.prompt_ids)) for sample in seen}
     for record in lines_of(tmp_path / "out.jsonl"):
         first, *later = [turn for turn in record["conversations"] if turn["from"] == "Assistant"]
@@ -298,12 +300,20 @@ def test_a_poisoned_record_costs_its_batch_nothing(value_engine, chat_file, tmp_
     poisoned = records[4]["conversations"][-1]["value"]
 
     class Poisonable:
-        info = value_engine.info
+        info, counters = value_engine.info, value_engine.counters
+        ill: ClassVar[list] = []
+        cancel = staticmethod(value_engine.cancel)
 
-        def generate(self, samples):
-            if any(poisoned + "\n\x12" in self.info.tokenizer.decode(list(s.prompt_ids)) for s in samples):
-                raise RuntimeError("cannot")
-            return value_engine.generate(samples)
+        def add(self, sample):
+            row = value_engine.add(sample)
+            if poisoned + "\n\x12" in self.info.tokenizer.decode(list(sample.prompt_ids)):
+                value_engine.cancel(row)
+                self.ill.append(Failed(row, RuntimeError("cannot")))
+            return row
+
+        def step(self):
+            ill, self.ill[:] = list(self.ill), []
+            return [*ill, *value_engine.step()]
 
     with live.run_engine(Poisonable()) as port, pytest.raises(IncompleteError):
         run(source, tmp_path / "out.jsonl", port, batch_size=3, retries=1)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
-from steerlm_nemo.serving.engine import MegatronEngine
+from steerlm_nemo.serving.engine import EngineSettings, MegatronEngine
 from steerlm_nemo.serving.loading import load_for_inference
-from steerlm_nemo.serving.sampling import Sample
+from steerlm_nemo.serving.sampling import Completion, Failed, Finished, Sample, complete
+
+NUM_LABELS = 1000
 
 
 def main() -> None:
@@ -21,43 +24,104 @@ def main() -> None:
     model_path, prompts_path, results_path = sys.argv[1:]
     prompts, tokens_to_generate = json.loads(Path(prompts_path).read_text())
     loaded = load_for_inference(model_path, int(os.environ["WORLD_SIZE"]), "32")
-    ours = _ours(MegatronEngine(loaded, "model"), prompts, tokens_to_generate)
-    theirs = []
+    results: dict[str, object] = {}
+    for name, settings in {
+        # So small a cache that prefixes are evicted all the time.
+        "reused": EngineSettings(max_batch_rows=64, max_step_tokens=256, kv_cache_gb=0.002, prefix_reuse=True),
+        "computed": EngineSettings(max_batch_rows=24, max_step_tokens=37, kv_cache_gb=0.02, prefix_reuse=False),
+    }.items():
+        engine = MegatronEngine(loaded, "model", settings)
+        if os.environ["RANK"] != "0":
+            engine.follow()
+        else:
+            results[name] = _ours(engine, prompts, tokens_to_generate)
+            engine.close()
     # One at a time: NeMo gives the shorter prompts of a batch more tokens than asked for (D-16).
-    for prompt in prompts:
-        theirs.append(_nemo(loaded, torch.tensor([prompt]), tokens_to_generate))
+    results["theirs"] = [_nemo(loaded, torch.tensor([prompt]), tokens_to_generate) for prompt in prompts]
     if os.environ["RANK"] == "0":
-        Path(results_path).write_text(json.dumps({"ours": ours, "theirs": theirs}))
+        Path(results_path).write_text(json.dumps(results))
 
 
-def _ours(engine: MegatronEngine, prompts: list[list[int]], tokens_to_generate: int) -> dict[str, object] | None:
-    if os.environ["RANK"] != "0":
-        engine.follow()
-        return None
+def _ours(engine: MegatronEngine, prompts: list[list[int]], tokens_to_generate: int) -> dict[str, object]:
     eos = (engine.info.tokenizer.eos_id,)
 
     def sample(prompt: list[int], **settings: object) -> Sample:
         return Sample(tuple(prompt), tokens_to_generate, stop_ids=eos, **settings)  # type: ignore[arg-type]
 
-    greedy = [sample(prompt, greedy=True, compute_logprob=True) for prompt in prompts]
+    greedy = [sample(prompt, greedy=True) for prompt in prompts]
+    scored = [sample(prompt, greedy=True, compute_logprob=True, all_probs=i == 0) for i, prompt in enumerate(prompts)]
+    partly = [sample(prompt, greedy=True, token_logprobs=True, top_logprobs=3) for prompt in prompts]
     drawn = [sample(prompt, random_seed=7, top_k=20, top_p=0.95) for prompt in prompts]
+    penalised = sample(prompts[0], top_k=1, repetition_penalty=50.0)
+    scored_done, partly_done = complete(engine, scored), complete(engine, partly)
     results: dict[str, object] = {
-        "together": [done.token_ids for done in engine.generate(greedy)],
-        "logprob": [done.logprob for done in engine.generate(greedy)],
-        "alone": [engine.generate([one])[0].token_ids for one in greedy],
+        "together": _ids(complete(engine, greedy)),
+        "alone": [complete(engine, [one])[0].token_ids for one in greedy],
         # Beside other rows, with other settings, in another order.
-        "mixed": [done.token_ids for done in engine.generate([*reversed(greedy), *drawn])][: len(greedy)][::-1],
-        "drawn": [done.token_ids for done in engine.generate(drawn)],
-        "drawn again": [done.token_ids for done in engine.generate(drawn)],
-        "penalised": engine.generate([sample(prompts[0], top_k=1, repetition_penalty=50.0)])[0].token_ids,
+        "mixed": _ids(complete(engine, [*reversed(greedy), *drawn])[: len(greedy)])[::-1],
+        "scored": _ids(scored_done),
+        "partly scored": _ids(partly_done),
+        "logprob": [done.logprob for done in scored_done],
+        "full_logprob": scored_done[0].full_logprob,
+        "token_logprobs": [done.token_logprobs for done in partly_done],
+        "top_logprobs": [done.top_logprobs for done in partly_done],
+        "drawn": _ids(complete(engine, drawn)),
+        "drawn alone": [complete(engine, [one])[0].token_ids for one in drawn],
+        "drawn among others": _ids(complete(engine, [*greedy, penalised, *reversed(drawn)])[len(greedy) + 1 :])[::-1],
+        "penalised": complete(engine, [penalised])[0].token_ids,
+        "joining": _joining(engine, greedy, seed=1),
+        "labels": [_labels(engine, prompts, seed) for seed in range(3)],
+        "counters": vars(engine.counters).copy(),
     }
-    try:
-        engine.generate([sample(prompts[0], temperature=float("nan"))])  # fails on rank 0 only; the API would refuse it
-    except RuntimeError as err:
-        results["failure"] = str(err)
-    results["after the failure"] = [done.token_ids for done in engine.generate(greedy)]
-    engine.close()
     return results
+
+
+def _ids(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [done.token_ids for done in completions]
+
+
+def _joining(engine: MegatronEngine, samples: list[Sample], seed: int) -> list[tuple[int, ...]]:
+    """Rows that join at random steps, beside others that are cancelled on the way."""
+    chance = random.Random(seed)
+    waiting, rows, doomed, done = list(range(len(samples))), {}, [], {}
+    chance.shuffle(waiting)
+    while len(done) < len(samples):
+        if waiting and chance.random() < 0.3:
+            place = waiting.pop()
+            rows[engine.add(samples[place])] = place
+            doomed.append(engine.add(samples[chance.randrange(len(samples))]))
+        if doomed and chance.random() < 0.2:
+            engine.cancel(doomed.pop())
+        for event in engine.step():
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Finished) and event.row in rows:
+                done[rows[event.row]] = event.completion.token_ids
+    for row in doomed:
+        engine.cancel(row)
+    return [done[place] for place in range(len(samples))]
+
+
+def _labels(engine: MegatronEngine, prompts: list[list[int]], seed: int) -> list[list[object]]:
+    """Constrained lines on beginnings of the prompts, added in another order and in other portions for every seed."""
+    digits = [engine.info.tokenizer.encode(str(value))[-1] for value in range(5)]
+    comma = engine.info.tokenizer.encode("a,")[-1]
+    step = tuple((digit, comma) for digit in digits)
+    key = (tuple(engine.info.tokenizer.encode("q:")),)
+    texts = [prompt[: 1 + n % len(prompt)] for n, prompt in enumerate(prompts * (NUM_LABELS // len(prompts) + 1))]
+    samples = [
+        Sample(tuple([*text, 3 + n % 200]), 24, greedy=True, constraint=(key, step, key, step))
+        for n, text in enumerate(texts[:NUM_LABELS])
+    ]
+    chance = random.Random(seed)
+    order = chance.sample(range(NUM_LABELS), NUM_LABELS)
+    labels: dict[int, list[object]] = {}
+    while order:
+        count = chance.randint(1, 120)
+        portion, order = order[:count], order[count:]
+        for place, done in zip(portion, complete(engine, [samples[place] for place in portion]), strict=True):
+            choices = [[choice.chosen, choice.logprobs] for choice in done.choices]
+            labels[place] = [done.token_ids, choices]
+    return [labels[place] for place in range(NUM_LABELS)]
 
 
 def _nemo(loaded: object, prompt: object, tokens_to_generate: int) -> dict[str, object]:

@@ -1,15 +1,24 @@
-"""The Engine protocol on a Hugging Face causal model, one row at a time: the outside reference for serving tests."""
+"""The Engine protocol on a Hugging Face causal model, each row by itself: the outside reference for serving tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from steerlm_nemo.serving.sampling import Completion, ModelInfo, Sample
+from steerlm_nemo.serving.sampling import (
+    Choice,
+    Completion,
+    EngineCounters,
+    Event,
+    Failed,
+    Finished,
+    ModelInfo,
+    Sample,
+    TokenMade,
+)
 from steerlm_nemo.template import SteerLMFormat
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
@@ -21,7 +30,11 @@ class HFEngine:
         self, model: LlamaForCausalLM, tokenizer: SentencePieceTokenizer, served: SteerLMFormat | None, name: str
     ) -> None:
         self.model = model.eval()
-        self.calls: list[int] = []  # rows of each call
+        self.calls: list[int] = []  # rows that began together
+        self.counters = EngineCounters()
+        self._num_rows = 0
+        self._rows: dict[int, Generator[int, None, Completion]] = {}
+        self._num_new = 0
         self.info = ModelInfo(
             name=name,
             tokenizer=tokenizer,
@@ -36,18 +49,41 @@ class HFEngine:
         model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
         return cls(model, SentencePieceTokenizer(folder / "tokenizer.model"), served, folder.name)
 
-    def generate(self, samples: Sequence[Sample]) -> list[Completion]:
-        self.calls.append(len(samples))
-        with torch.no_grad():
-            return [self._continue(sample) for sample in samples]
+    def add(self, sample: Sample) -> int:
+        self._num_rows += 1
+        self._num_new += 1
+        self._rows[self._num_rows] = self._continue(sample)
+        return self._num_rows
 
-    def _continue(self, sample: Sample) -> Completion:
+    def cancel(self, row: int) -> None:
+        self._rows.pop(row, None)
+
+    def step(self) -> list[Event]:
+        """One token for every row."""
+        if self._num_new:
+            self.calls.append(self._num_new)
+            self._num_new = 0
+        events: list[Event] = []
+        for row, tokens in list(self._rows.items()):
+            try:
+                with torch.no_grad():
+                    events.append(TokenMade(row, next(tokens)))
+                continue
+            except StopIteration as end:
+                events.append(Finished(row, end.value))
+            except Exception as err:
+                events.append(Failed(row, err))
+            del self._rows[row]
+        return events
+
+    def _continue(self, sample: Sample) -> Generator[int, None, Completion]:
         ids = list(sample.prompt_ids)
         cache = DynamicCache()
         chance = torch.Generator().manual_seed(sample.random_seed or 0)
         pending = ids
         log_probs: list[torch.Tensor] = []  # row t: distribution of token t+1
         finish_reason, num_overruled = "length", 0
+        self.counters.prefilled_tokens += len(ids)
         for step in range(sample.tokens_to_generate):
             logits = self.model(torch.tensor([pending]), past_key_values=cache).logits[0, :, : self.info.vocab_size]
             log_probs += list(logits.log_softmax(-1))
@@ -59,11 +95,12 @@ class HFEngine:
                 allowed = _allowed(sample, ids[len(sample.prompt_ids) :])
                 if allowed is None:
                     finish_reason = "stop"
-                    log_probs = log_probs[:-1] if len(log_probs) > len(ids) else log_probs
                     break
-                num_overruled += allowed.num_options > 1 and token not in allowed.tokens
-                token = max(allowed.tokens, key=lambda candidate: float(last[candidate]))
+                num_overruled += len(allowed) > 1 and token not in allowed
+                token = max(sorted(allowed), key=lambda candidate: float(last[candidate]))
             ids.append(token)
+            self.counters.generated_tokens += 1
+            yield token
             pending = [token]
             if token in sample.stop_ids or (
                 sample.stop_texts and self.info.tokenizer.decode(ids).endswith(sample.stop_texts)
@@ -71,22 +108,52 @@ class HFEngine:
                 finish_reason = "stop"
                 break
         rows = torch.stack(log_probs)[: len(ids) - 1]
+        num_prompt = len(sample.prompt_ids)
+        chosen = tuple(rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
         return Completion(
             tuple(ids),
-            len(sample.prompt_ids),
+            num_prompt,
             finish_reason,
-            tuple(rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()) if sample.compute_logprob else None,
+            chosen if sample.compute_logprob else None,
             rows.tolist() if sample.all_probs else None,
             num_overruled,
+            chosen[num_prompt - 1 :] if sample.token_logprobs else None,
+            _top(rows[num_prompt - 1 :], sample.top_logprobs) if sample.top_logprobs else None,
+            self._choices(sample, ids),
         )
 
+    def _choices(self, sample: Sample, ids: list[int]) -> tuple[Choice, ...]:
+        """Every option read by a forward pass of its own, up to where it differs from all others."""
+        choices = []
+        place = len(sample.prompt_ids)
+        for options in sample.constraint:
+            taken = next(option for option in options if tuple(ids[place : place + len(option)]) == option)
+            if len(options) > 1:
+                logprobs = []
+                for option in options:
+                    shared = max(_num_shared(option, other) for other in options if other != option)
+                    told_apart = option[: shared + 1]
+                    logits = self.model(torch.tensor([ids[:place] + list(told_apart)])).logits[0, place - 1 : -1]
+                    scores = logits[:, : self.info.vocab_size].log_softmax(-1)
+                    logprobs.append(float(sum(scores[i, token] for i, token in enumerate(told_apart))))
+                choices.append(Choice(options.index(taken), tuple(logprobs)))
+            place += len(taken)
+        return tuple(choices)
 
-class _Allowed(NamedTuple):
-    tokens: set[int]
-    num_options: int
+
+def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _allowed(sample: Sample, generated: list[int]) -> _Allowed | None:
+def _top(log_probs: torch.Tensor, count: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    best = log_probs.topk(count)
+    return tuple(
+        tuple(zip(ids, values, strict=True))
+        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+
+
+def _allowed(sample: Sample, generated: list[int]) -> set[int] | None:
     """Next tokens by matching what was generated against the steps from the start; None when they are all done."""
     rest = tuple(generated)
     for options in sample.constraint:
@@ -95,7 +162,7 @@ def _allowed(sample: Sample, generated: list[int]) -> _Allowed | None:
                 rest = rest[len(option) :]
                 break
         else:
-            return _Allowed({option[len(rest)] for option in options if option[: len(rest)] == rest}, len(options))
+            return {option[len(rest)] for option in options if option[: len(rest)] == rest}
     return None
 
 

@@ -15,6 +15,7 @@ import pytest
 from hf_engine import HFEngine
 
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.serving.sampling import Failed
 from steerlm_nemo.serving.server import open_listener
 from steerlm_nemo.template import SteerLMFormat
 
@@ -217,20 +218,32 @@ def test_concurrent_clients_get_the_answers_they_get_alone_and_share_batches(eng
 
 
 class Gate:
-    """The engine behind a door: calls wait until it opens, and fail for samples with the forbidden limit."""
+    """The engine behind a door: steps wait until it opens; samples with the forbidden limit fail."""
 
     def __init__(self, engine):
-        self.info, self._engine = engine.info, engine
+        self.info, self.counters, self._engine = engine.info, engine.counters, engine
         self.entered, self.open = threading.Event(), threading.Event()
         self.rows = []
+        self._num_new, self._forbidden = 0, []
+        self.cancel = engine.cancel
 
-    def generate(self, samples):
-        self.rows.append(len(samples))
+    def add(self, sample):
+        row = self._engine.add(sample)
+        self._num_new += 1
+        if sample.tokens_to_generate == 13:
+            self._forbidden.append(row)
+        return row
+
+    def step(self):
+        if self._num_new:
+            self.rows.append(self._num_new)
         self.entered.set()
         self.open.wait(30)
-        if any(sample.tokens_to_generate == 13 for sample in samples):
-            raise RuntimeError("no answer of 13 tokens")
-        return self._engine.generate(samples)
+        failed = [Failed(row, RuntimeError("no answer of 13 tokens")) for row in self._forbidden]
+        for row in self._forbidden:
+            self._engine.cancel(row)
+        self._num_new, self._forbidden = 0, []
+        return [*failed, *self._engine.step()]
 
 
 def test_a_failing_engine_call_is_500_for_its_own_request_only(engine):

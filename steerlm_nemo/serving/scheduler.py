@@ -1,0 +1,411 @@
+"""Rank 0's plan of each forward pass: which rows take part, with which tokens, and what their logits mean.
+
+Rows join and leave between steps. A step takes the pending tokens of every row (the one just drawn, with the forced
+ones after it), and fills up with pieces of prompts, so that a long prompt does not stall the rows that generate.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from steerlm_nemo.serving.cache import KVCache
+from steerlm_nemo.serving.sampler import drawn_tokens, greedy_tokens
+from steerlm_nemo.serving.sampling import (
+    Choice,
+    Completion,
+    EngineCounters,
+    Event,
+    Failed,
+    Finished,
+    ModelInfo,
+    Sample,
+    TokenMade,
+)
+
+# A row waits for a neighbour that is about to compute so many more tokens of its prompt than the cache has.
+_WORTH_WAITING_FOR = 8
+
+
+class DrawError(RuntimeError):
+    """The model's logits are no numbers, so no token can be drawn; the row is given up."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One forward pass, the same on every rank. All arrays are int64.
+
+    The tables `line, position -> place` of the ranks take `table` [3, entries] first.
+    """
+
+    tokens: np.ndarray  # [T], row after row
+    positions: np.ndarray  # [T]
+    places: np.ndarray  # [T] where keys and values go
+    lines: np.ndarray  # [rows] of the table
+    num_new: np.ndarray  # [rows] tokens of each row in this step
+    totals: np.ndarray  # [rows] length of each row after this step
+    wanted: np.ndarray  # places in the step whose logits are wanted
+    table: np.ndarray  # [3, entries] line, position, place
+
+    def pack(self) -> np.ndarray:
+        """Everything as one int64 array, its own length first."""
+        parts = (self.tokens, self.positions, self.places, self.lines, self.num_new, self.totals, self.wanted)
+        flat = np.concatenate([*parts, self.table.ravel()])
+        sizes = [len(flat) + 4, len(self.tokens), len(self.lines), len(self.wanted)]
+        return np.concatenate([np.array(sizes, np.int64), flat])
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray) -> StepPlan:
+        _, num_tokens, num_rows, num_wanted = packed[:4].tolist()
+        counts = [num_tokens] * 3 + [num_rows] * 3 + [num_wanted]
+        tokens, positions, places, lines, num_new, totals, wanted, table = np.split(packed[4:], np.cumsum(counts))
+        return cls(tokens, positions, places, lines, num_new, totals, wanted, table.reshape(3, -1))
+
+
+@dataclass(eq=False)
+class _Row:
+    """One prompt while it is being continued."""
+
+    number: int
+    sample: Sample
+    ids: list[int]
+    generator: torch.Generator | None
+    line: int = -1  # of the cache
+    fed: int = 0  # tokens whose keys and values are in the cache
+    num_fed_now: int = 0  # in the step under way
+    ends: str | None = None  # finish_reason; only log-probabilities are still to come
+    step: int = 0  # of the constraint
+    taken: tuple[int, ...] = ()  # tokens of that step so far
+    option_logprobs: list[float] = field(default_factory=list)  # of that step's options, as far as told apart
+    choices: list[Choice] = field(default_factory=list)
+    num_overruled: int = 0
+    logprob: list[float] = field(default_factory=list)
+    full_logprob: list[list[float]] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.ids) - len(self.sample.prompt_ids)
+
+    @property
+    def first_scored(self) -> int | None:
+        """The first position whose logits are asked for as such; None: only the last one's, to draw."""
+        sample = self.sample
+        if sample.compute_logprob or sample.all_probs:
+            return 0
+        if sample.token_logprobs or sample.top_logprobs:
+            return len(sample.prompt_ids) - 1
+        return None
+
+    def completion(self) -> Completion:
+        sample, num_prompt = self.sample, len(self.sample.prompt_ids)
+        before = num_prompt - 1 if self.first_scored == 0 else 0  # scores of the prompt in `logprob`
+        return Completion(
+            token_ids=tuple(self.ids),
+            num_prompt_tokens=num_prompt,
+            finish_reason=self.ends or "length",
+            logprob=tuple(self.logprob) if sample.compute_logprob else None,
+            full_logprob=self.full_logprob if sample.all_probs else None,
+            num_overruled=self.num_overruled,
+            token_logprobs=tuple(self.logprob[before:]) if sample.token_logprobs else None,
+            top_logprobs=tuple(self.top_logprobs) if sample.top_logprobs else None,
+            choices=tuple(self.choices),
+        )
+
+
+class Scheduler:
+    """Rows from `add` to their last event; the forward passes themselves are the caller's."""
+
+    def __init__(
+        self, cache: KVCache, info: ModelInfo, max_rows: int, max_step_tokens: int, prefix_reuse: bool
+    ) -> None:
+        self._cache = cache
+        self._info = info
+        self._max_rows = max_rows
+        self._max_step_tokens = max_step_tokens
+        self._prefix_reuse = prefix_reuse
+        self._num_rows = 0
+        self._waiting: deque[_Row] = deque()
+        self._running: dict[int, _Row] = {}
+        self._in_step: list[_Row] = []
+        self._joined: list[tuple[int, int]] = []  # (line, tokens it takes over) since the last step
+        self.counters = EngineCounters()
+
+    def add(self, sample: Sample) -> int:
+        self._num_rows += 1
+        generator = None if sample.greedy else torch.Generator()
+        if generator is not None:
+            if sample.random_seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(sample.random_seed)
+        self._waiting.append(_Row(self._num_rows, sample, list(sample.prompt_ids), generator))
+        return self._num_rows
+
+    def cancel(self, number: int) -> None:
+        if row := self._running.get(number):
+            self._leave(row)
+        else:
+            self._waiting = deque(row for row in self._waiting if row.number != number)
+
+    def fail_running(self, error: Exception) -> list[Event]:
+        """Give up every row of the engine; nothing in the cache can be trusted any more."""
+        rows = list(self._running.values())
+        for row in rows:
+            self._leave(row)
+        self._joined.clear()
+        self._in_step = []
+        self._cache.forget()
+        return [Failed(row.number, error) for row in rows]
+
+    def plan(self) -> StepPlan | None:
+        """The next forward pass, or None when there is no row."""
+        self._join()
+        rows = self._choose()
+        if not rows:
+            return None
+        # Rows of similar length next to each other, so that attention pads little.
+        rows.sort(key=lambda row: (_size_class(row.num_fed_now), row.fed + row.num_fed_now))
+        self._in_step = rows
+        cache, start = self._cache, 0
+        places: list[np.ndarray] = []
+        wanted: list[int] = []
+        for row in rows:
+            new = row.ids[row.fed : row.fed + row.num_fed_now]
+            places.append(cache.extend(row.line, new))
+            first = row.num_fed_now  # of the step's tokens, the first whose logits are wanted
+            if row.first_scored is not None:
+                first = max(row.first_scored - row.fed, 0)
+            elif row.fed + row.num_fed_now == len(row.ids):
+                first = row.num_fed_now - 1
+            wanted += range(start + first, start + row.num_fed_now)
+            start += row.num_fed_now
+            num_prompt = len(row.sample.prompt_ids)
+            self.counters.prefilled_tokens += max(min(row.fed + row.num_fed_now, num_prompt) - row.fed, 0)
+        lines = np.array([row.line for row in rows], np.int64)
+        num_new = np.array([row.num_fed_now for row in rows], np.int64)
+        totals = np.array([row.fed + row.num_fed_now for row in rows], np.int64)
+        starts = np.cumsum(num_new) - num_new
+        positions = np.arange(start) - np.repeat(starts - (totals - num_new), num_new)
+        tokens = np.concatenate([cache.tokens[row.line, row.fed : row.fed + row.num_fed_now] for row in rows])
+        flat_places = np.concatenate(places)
+        entries = [np.stack([np.repeat(lines, num_new), positions, flat_places])]
+        for line, length in self._joined:
+            entries.append(np.stack([np.full(length, line), np.arange(length), cache.places[line, :length]]))
+        self._joined.clear()
+        self.counters.steps += 1
+        self.counters.evicted_tokens = cache.num_evicted_tokens
+        table = np.concatenate(entries, axis=1)
+        wanted_T = np.array(wanted, np.int64)
+        return StepPlan(tokens.astype(np.int64), positions, flat_places, lines, num_new, totals, wanted_T, table)
+
+    def take(self, logits_NV: torch.Tensor) -> list[Event]:
+        """What the wanted logits of the planned step make of its rows."""
+        logits = logits_NV[:, : self._info.vocab_size]
+        last, drawing, spans, start = [], [], [], 0
+        for row in self._in_step:
+            row.fed += row.num_fed_now
+            if row.first_scored is not None:
+                first = max(row.first_scored, row.fed - row.num_fed_now)
+                count = max(row.fed - first, 0)
+                spans.append((row, first, start, count))
+            else:
+                count = int(row.fed == len(row.ids))
+            start += count
+            if row.fed == len(row.ids) and row.ends is None:
+                last.append(start - 1)
+                drawing.append(row)
+        events: list[Event] = []
+        if drawing:
+            self._draw(drawing, logits[torch.tensor(last, device=logits.device)], events)
+        for row, first, begin, count in spans:
+            if count and row.number in self._running:
+                self._score(row, first, logits[begin : begin + count])
+        for row in self._in_step:
+            scored = row.first_scored is None or row.fed >= len(row.ids) - 1
+            if row.ends is not None and scored and row.number in self._running:
+                self._leave(row)
+                events.append(Finished(row.number, row.completion()))
+        self._in_step = []
+        self.counters.generated_tokens += sum(isinstance(event, TokenMade) for event in events)
+        return events
+
+    def _leave(self, row: _Row) -> None:
+        self._cache.close(row.line)
+        del self._running[row.number]
+
+    def _join(self) -> None:
+        """Let waiting rows in while there is room; those whose beginning is being computed wait for it."""
+        held: list[_Row] = []
+        while self._waiting and len(self._running) < self._max_rows:
+            row = self._waiting.popleft()
+            prompt = np.array(row.ids, np.int32)
+            prefix = None
+            if self._prefix_reuse and row.first_scored != 0:
+                prefix = self._cache.longest_prefix(prompt)
+                if prefix.expected >= prefix.length + _WORTH_WAITING_FOR:
+                    held.append(row)
+                    continue
+            max_length = len(row.ids) + row.sample.tokens_to_generate
+            line = self._cache.open(prompt, prefix, max_length)
+            if line is None and not self._running:
+                # Keeping the prefix leaves too little room; alone and from its start, every row fits.
+                prefix, line = None, self._cache.open(prompt, None, max_length)
+            if line is None:
+                held.append(row)
+                break
+            row.line, row.fed = line, prefix.length if prefix else 0
+            if row.fed:
+                self._joined.append((line, row.fed))
+                self.counters.reused_tokens += row.fed
+            self._running[row.number] = row
+        self._waiting.extendleft(reversed(held))
+
+    def _choose(self) -> list[_Row]:
+        """The rows of the next step, `num_fed_now` set: what generates first, then prompts, oldest first."""
+        room = self._max_step_tokens
+        rows, prompts = [], []
+        for row in self._running.values():
+            if row.num_generated:
+                row.num_fed_now = min(len(row.ids) - row.fed, max(room, 1))
+                room -= row.num_fed_now
+                rows.append(row)
+            else:
+                prompts.append(row)
+        for row in prompts:
+            if room <= 0 and rows:
+                break
+            row.num_fed_now = min(len(row.ids) - row.fed, max(room, 1))
+            room -= row.num_fed_now
+            rows.append(row)
+        return rows
+
+    def _draw(self, rows: Sequence[_Row], logits_NV: torch.Tensor, events: list[Event]) -> None:
+        """Give each row its next token, and the forced ones that follow."""
+        early = [
+            place
+            for place, row in enumerate(rows)
+            if row.num_generated < row.sample.min_tokens_to_generate and not row.sample.constraint
+        ]
+        allowed_logits = logits_NV
+        if early:
+            allowed_logits = logits_NV.clone()
+            allowed_logits[early, self._info.tokenizer.eos_id] = -torch.inf
+        tokens, sound = greedy_tokens(allowed_logits)
+        free = [place for place, row in enumerate(rows) if not row.sample.greedy and not row.sample.constraint]
+        if free:
+            samples = [rows[place].sample for place in free]
+            chances = [float(torch.rand((), generator=rows[place].generator)) for place in free]
+            drawn, well = drawn_tokens(
+                allowed_logits[torch.tensor(free, device=logits_NV.device)],
+                samples,
+                [rows[place].ids for place in free],
+                chances,
+            )
+            for place, token, fine in zip(free, drawn, well, strict=True):
+                tokens[place], sound[place] = token, sound[place] and fine
+        if constrained := [place for place, row in enumerate(rows) if row.sample.constraint]:
+            self._choose_options(rows, constrained, logits_NV, tokens)
+        for row, token, fine in zip(rows, tokens, sound, strict=True):
+            if not fine:
+                self._leave(row)
+                error = DrawError("the model's logits are not finite; its weights or its precision are at fault")
+                events.append(Failed(row.number, error))
+            elif row.sample.constraint:
+                self._advance_constraint(row, token, events)
+            else:
+                row.ids.append(token)
+                events.append(TokenMade(row.number, token))
+                row.ends = self._finish_reason(row, token)
+
+    def _choose_options(
+        self, rows: Sequence[_Row], constrained: Sequence[int], logits_NV: torch.Tensor, tokens: list[int]
+    ) -> None:
+        """The likeliest permitted token of each constrained row instead of the likeliest of all, into `tokens`."""
+        branches = [_branches(rows[place]) for place in constrained]
+        index = torch.tensor(constrained, device=logits_NV.device)
+        longest = max(map(len, branches))
+        padded = torch.tensor([[*b, *[b[0]] * (longest - len(b))] for b in branches], device=logits_NV.device)
+        mine = logits_NV[index]
+        logprobs = (mine.gather(1, padded) - mine.logsumexp(-1, keepdim=True)).tolist()
+        for place, branch, scores in zip(constrained, branches, logprobs, strict=True):
+            row, best = rows[place], tokens[place]
+            tokens[place] = max(zip(scores, branch, strict=False), key=lambda pair: (pair[0], -pair[1]))[1]
+            row.num_overruled += best not in branch
+            _tell_apart(row, dict(zip(branch, scores, strict=False)), tokens[place])
+
+    def _advance_constraint(self, row: _Row, token: int, events: list[Event]) -> None:
+        """Take a permitted token and all that must follow it."""
+        steps = row.sample.constraint
+        while True:
+            row.ids.append(token)
+            events.append(TokenMade(row.number, token))
+            row.taken += (token,)
+            options = steps[row.step]
+            if row.taken in options:
+                if len(options) > 1:
+                    row.choices.append(Choice(options.index(row.taken), tuple(row.option_logprobs)))
+                row.step, row.taken, row.option_logprobs = row.step + 1, (), []
+                if row.step == len(steps):
+                    row.ends = "stop"
+                    return
+            branches = _branches(row)
+            if len(branches) > 1:
+                return
+            token = branches[0]
+
+    def _score(self, row: _Row, first: int, logits_SV: torch.Tensor) -> None:
+        """Log-probabilities of the tokens after positions first, first + 1, ..."""
+        sample = row.sample
+        targets = row.ids[first + 1 : first + 1 + len(logits_SV)]
+        logprobs = logits_SV[: len(targets)].log_softmax(-1)
+        picked = torch.tensor(targets, dtype=torch.int64, device=logprobs.device)
+        row.logprob += logprobs.gather(1, picked[:, None])[:, 0].tolist()
+        if sample.all_probs:
+            row.full_logprob += logprobs.tolist()
+        if sample.top_logprobs:
+            skip = max(len(sample.prompt_ids) - 1 - first, 0)
+            best = logprobs[skip:].topk(sample.top_logprobs)
+            for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                row.top_logprobs.append(tuple(zip(ids, values, strict=True)))
+
+    def _finish_reason(self, row: _Row, token: int) -> str | None:
+        sample = row.sample
+        if token in sample.stop_ids:
+            return "stop"
+        if sample.stop_texts:
+            # A character is at most four tokens, and some tokens are no text at all.
+            tail = 16 + 4 * max(map(len, sample.stop_texts))
+            if self._info.tokenizer.decode(row.ids[max(len(sample.prompt_ids), len(row.ids) - tail) :]).endswith(
+                sample.stop_texts
+            ):
+                return "stop"
+        return "length" if row.num_generated >= sample.tokens_to_generate else None
+
+
+def _size_class(num_new: int) -> int:
+    return num_new if num_new <= 4 else 4 + num_new.bit_length()
+
+
+def _branches(row: _Row) -> list[int]:
+    """Next tokens the constraint permits."""
+    done = len(row.taken)
+    return sorted({option[done] for option in row.sample.constraint[row.step] if option[:done] == row.taken})
+
+
+def _tell_apart(row: _Row, branches: dict[int, float], chosen: int) -> None:
+    """Add what this branching tells about the options that were still together."""
+    options = row.sample.constraint[row.step]
+    done = len(row.taken)
+    row.option_logprobs = row.option_logprobs or [0.0] * len(options)
+    together = [place for place, option in enumerate(options) if option[:done] == row.taken]
+    for place in together:
+        token = options[place][done]
+        row.option_logprobs[place] += branches[token]
+        if token != chosen:
+            num_sharing = sum(options[other][done] == token for other in together)
+            row.option_logprobs[place] -= float(np.log(num_sharing))
