@@ -173,7 +173,7 @@ def _array_elements(path: Path) -> Iterator[Any]:
                     if not text.startswith(separator) or not rest:
                         raise ValueError(f"{separator or 'a record'} or ] expected")
                     element, end = decode(rest)
-                    if end == len(rest):  # a number may go on in the next chunk
+                    if end == len(rest) and isinstance(element, int | float):  # may go on in the next chunk
                         raise ValueError("the array has no end")
                 except (ValueError, RecursionError) as err:
                     more = reader.read(size)

@@ -111,8 +111,9 @@ def grades(labels: Any, schema: AttributeSchema, ref: RecordRef) -> Attributes:
         label = labels.get(attribute.name)
         if label is None:
             continue
-        value = label.get("value") if isinstance(label, Mapping) else None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        value: Any = label.get("value") if isinstance(label, dict) else None
+        # By type, as a bool is an int; and this line runs for every grade of every message.
+        if type(value) not in (float, int) or not 0 <= value <= 1:
             raise RecordError(f"{ref}: bad label: {attribute.name} is {label!r}; its value must be from 0 to 1")
         # Python rounds half to even, as the reference does: 0.625 * 4 -> 2.
         items.append((attribute.name, round(value * attribute.maximum)))

@@ -39,8 +39,8 @@ def build_sft_data(
         RecordError: an unusable record in strict mode.
     """
     require_file(input_file)
-    for output in filter(None, (output_file, messages_file)):
-        if Path(output).exists() and Path(output).samefile(input_file):
+    for output in (output_file, messages_file):
+        if output and Path(output).exists() and Path(output).samefile(input_file):
             raise InputError(f"{output} is the input itself; choose another output file")
     with ExitStack() as stack:
         stack.enter_context(records)

@@ -349,6 +349,109 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
     assert many - few < 100_000
 
 
+def test_trees_of_the_same_id_end_in_the_same_split_but_for_compat(tmp_path):
+    trees = [simple_tree(str(number % 20)) for number in range(200)]
+    source = write_trees(tmp_path / "trees.jsonl", trees)
+
+    def sides(prefix):
+        return [{record["tree_id"] for record in read(prefix, part)} for part in ("train", "val")]
+
+    accounting, tally = run(source, tmp_path / "ours", split_ratio=0.5)
+    train, val = sides(tmp_path / "ours")
+    assert not train & val
+    assert tally.num_moved > 0
+    assert f"same id: {tally.num_moved}" in tally.summary(accounting)
+    run(source, tmp_path / "theirs", split_ratio=0.5, compat=True)
+    train, val = sides(tmp_path / "theirs")
+    assert train & val
+
+
+def test_no_genuine_tree_is_on_both_sides(shared_data, tmp_path):
+    """23 of the 386 trees of this file are there twice."""
+    trees, tally = run(shared_data / "oasst2-animals-trees" / "trees.jsonl.gz", tmp_path / "out", split_ratio=0.7)
+    train, val = ({record["tree_id"] for record in read(tmp_path / "out", part)} for part in ("train", "val"))
+    assert not train & val
+    assert tally.num_moved > 0
+    assert dict(trees.counts) == {"written": 82, "filtered": 304}
+
+
+def malformed_lines():
+    """One of each class of malformed input: (name, raw line, whether the line can still be written)."""
+    good = simple_tree("x")
+    cyclic = {**simple_tree("c"), "message_id": "a", "parent_id": "a"}
+    thread = reply = {"text": "t", "role": "prompter", "replies": []}
+    for _ in range(499):
+        reply["replies"] = [{"text": "t", "role": "assistant", "replies": []}]
+        reply = reply["replies"][0]
+    markers = "<extra_id_1>User\\n\x11\x12quality:4"
+
+    def with_text(text):
+        tree = simple_tree("x")
+        tree["prompt"]["replies"][0]["text"] = text
+        return tree
+
+    def with_labels(value):
+        tree = simple_tree("x")
+        tree["prompt"]["replies"][0]["labels"] = value
+        return tree
+
+    def dump(tree):
+        return json.dumps(tree).encode()
+
+    return [
+        ("bad UTF-8", dump(good).replace(b"answer", b"answer\xff"), False),
+        ("truncated JSON", dump(good)[:-20], False),
+        ("carriage return", dump(good) + b"\r", True),
+        ("missing labels", dump(with_labels(None)).replace(b'"labels": null', b'"other": null'), True),
+        ("null label", dump(with_labels(None)), True),
+        ("value out of range", dump(with_labels(labels(quality=1.5))), False),
+        ("NaN value", dump(with_labels(labels(quality=float("nan")))), False),
+        ("unknown role", dump(good).replace(b'"assistant"', b'"narrator"'), False),
+        ("empty text", dump(with_text("")), True),
+        ("5 MB text", dump(with_text("long " * 1_000_000)), True),
+        ("500-turn thread", dump(simple_tree("x", prompt=thread)), True),
+        ("duplicate id", dump(simple_tree("0")), True),
+        ("cyclic parent ids", dump(cyclic), True),
+        ("lone surrogate", dump(with_text("\ud800")), False),
+        ("markers in a text", dump(with_text(markers)), True),
+    ]
+
+
+def test_malformed_input_of_every_class_is_accounted_for(tmp_path):
+    lines = [json.dumps(simple_tree(str(number))).encode() for number in range(1500)]
+    bad = malformed_lines()
+    for number, (_, raw, _) in enumerate(bad):
+        lines.insert(100 * number + 7, raw)
+    (tmp_path / "trees.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    trees, _ = run(tmp_path / "trees.jsonl", tmp_path / "out")
+    num_bad = sum(not usable for _, _, usable in bad)
+    assert num_bad == 6
+    assert trees.summary().startswith(f"1515 read = {1515 - num_bad} written + 0 filtered + {num_bad} rejected")
+    rejects = [json.loads(line) for line in trees.rejects_path.read_text().splitlines()]
+    places = {int(reject["where"].rpartition(":")[2]) for reject in rejects}
+    assert places == {100 * number + 8 for number, (_, _, usable) in enumerate(bad) if not usable}
+
+
+TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates and control characters too
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=6))
+def test_any_text_is_written_and_read_back_as_it_was_or_rejected(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("texts")
+    trees = [simple_tree("sound")]
+    for number, text in enumerate(texts):
+        tree = simple_tree(str(number))
+        tree["prompt"]["replies"][0]["text"] = text
+        trees.append(tree)
+    accounting, _ = run(write_trees(folder / "trees.jsonl", trees), folder / "out", split_ratio=1.0)
+    sound = [text for text in texts if not any("\ud800" <= character <= "\udfff" for character in text)]
+    assert accounting.counts["written"] == 1 + len(sound)
+    assert accounting.counts["rejected"] == len(texts) - len(sound)
+    raw_lines = (folder / "out_train.jsonl").read_bytes().decode("utf-8").split("\n")[:-1]
+    written = [json.loads(line)["conversations"][1]["value"] for line in raw_lines]
+    assert sorted(written) == sorted(["answer sound", *sound])
+
+
 # --- arguments and files ---
 
 
@@ -436,6 +539,9 @@ def test_the_script_takes_filters(tmp_path):
         (["--schema=nemo"], "unknown attribute schema 'nemo'"),
         (["--compat=nemo2"], "--compat is 'nemo2'"),
         (["--lang"], "--lang is True"),
+        (["--format=oast-trees"], "--format is 'oast-trees'"),
+        (["--fill=violence"], "--fill is 'violence'; give an attribute line"),
+        (["--labels_from=none.jsonl"], "none.jsonl: no such file"),
     ],
 )
 def test_the_script_refuses_bad_arguments_with_one_line(tmp_path, flags, message):
@@ -460,4 +566,14 @@ def test_the_script_refuses_a_cut_gzip_file(tmp_path):
 def test_help_lists_the_flags():
     done = cli("--help")
     assert done.returncode == 0
-    assert all(f"--{flag}" in done.stdout + done.stderr for flag in ("split_ratio", "drop_deleted", "tree_state"))
+    flags = ("split_ratio", "drop_deleted", "tree_state", "format", "labels_from", "fill")
+    assert all(f"--{flag}" in done.stdout + done.stderr for flag in flags)
+
+
+def test_the_script_fills_several_attributes(tmp_path):
+    source = write_trees(tmp_path / "trees.jsonl", [simple_tree("1")])
+    flags = ("--fill=violence:0,humor:1", "--schema=paper7", "--split_ratio=1")
+    done = cli(f"--input_file={source}", f"--output_file_prefix={tmp_path / 'out'}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "out", "train")[0]["conversations"][1]["label"] == "quality:9,violence:0,humor:1"
+    assert "attributes filled in: 2" in done.stdout
