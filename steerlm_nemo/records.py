@@ -144,7 +144,7 @@ def parse_line(ref: RecordRef, raw: bytes) -> RawLine:
     except UnicodeDecodeError as err:
         return RawLine(ref, raw, None, f"not UTF-8 (byte {err.start})")
     try:
-        record = json.loads(text, parse_constant=_refuse_constant)
+        record = _DECODER.decode(text)
     except (ValueError, RecursionError) as err:
         return RawLine(ref, raw, None, f"not JSON: {err}")
     if not isinstance(record, dict):
@@ -154,6 +154,10 @@ def parse_line(ref: RecordRef, raw: bytes) -> RawLine:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
+
+
+# Made once: json.loads would make one for every line.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def dump_record(record: Mapping[str, Any]) -> str:

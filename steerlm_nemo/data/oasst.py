@@ -23,6 +23,8 @@ from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
 from steerlm_nemo.conversation import ASSISTANT, USER, RecordRef
 from steerlm_nemo.errors import RecordError
 
+_LANGUAGE_TAG = re.compile(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*").fullmatch
+_NUMBERS = (float, int)
 ROLES = {"prompter": USER, "assistant": ASSISTANT}
 
 
@@ -78,7 +80,7 @@ def message_of(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef)
         raise RecordError(f"{ref}: wrong type: 'text' must be a string, found {type(text).__name__}")
     if lang is not None:
         # A tag is copied into the attribute line, so it must not be able to forge one.
-        if not isinstance(lang, str) or not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", lang):
+        if not isinstance(lang, str) or not _LANGUAGE_TAG(lang):
             raise RecordError(f"{ref}: bad lang: {lang!r} is not a language tag such as en or pt-BR")
         lang = lang.split("-")[0]
     message_id = node.get("message_id")
@@ -106,15 +108,16 @@ def grades(labels: Any, schema: AttributeSchema, ref: RecordRef) -> Attributes:
     if labels is not None and not isinstance(labels, Mapping):
         raise RecordError(f"{ref}: wrong type: 'labels' must be an object, found {type(labels).__name__}")
     items: list[tuple[str, int | str]] = []
-    labels = labels or {}
+    if not labels:
+        return Attributes(())
     for attribute in schema.attributes:
-        label = labels.get(attribute.name)
-        if label is None:
+        name = attribute.name
+        if name not in labels or (label := labels[name]) is None:
             continue
         value: Any = label.get("value") if isinstance(label, dict) else None
         # By type, as a bool is an int; and this line runs for every grade of every message.
-        if type(value) not in (float, int) or not 0 <= value <= 1:
-            raise RecordError(f"{ref}: bad label: {attribute.name} is {label!r}; its value must be from 0 to 1")
+        if type(value) not in _NUMBERS or not 0 <= value <= 1:
+            raise RecordError(f"{ref}: bad label: {name} is {label!r}; its value must be from 0 to 1")
         # Python rounds half to even, as the reference does: 0.625 * 4 -> 2.
-        items.append((attribute.name, round(value * attribute.maximum)))
+        items.append((name, round(value * attribute.maximum)))
     return Attributes(tuple(items))
