@@ -152,12 +152,12 @@ def _schema(name: str, names: str, *, maximum: int = 4, languages: tuple[str, ..
     return AttributeSchema(name, attributes, languages)
 
 
-NEMO12_LANG = _schema(
-    "nemo12+lang",
+_NEMO12 = (
     "quality toxicity humor creativity violence helpfulness not_appropriate hate_speech sexual_content fails_task"
-    " political_content moral_judgement",
-    languages=LANGUAGES,
+    " political_content moral_judgement"
 )
+NEMO12_LANG = _schema("nemo12+lang", _NEMO12, languages=LANGUAGES)
+NEMO12 = _schema("nemo12", _NEMO12)
 HELPSTEER5 = _schema("helpsteer5", "helpfulness correctness coherence complexity verbosity")
 COMBINED9 = _schema(
     "combined9", "quality toxicity humor creativity helpfulness correctness coherence complexity verbosity"
@@ -175,7 +175,9 @@ OASST10_LANG = _schema(
 # What NeMo-Aligner takes of OASST into the nine of `combined9`: the helpfulness there is HelpSteer's.
 OASST4 = _schema("oasst4", "quality toxicity humor creativity")
 
-PRESETS = {schema.name: schema for schema in (NEMO12_LANG, HELPSTEER5, COMBINED9, PAPER7, TOY6, OASST10_LANG, OASST4)}
+PRESETS = {
+    schema.name: schema for schema in (NEMO12_LANG, NEMO12, HELPSTEER5, COMBINED9, PAPER7, TOY6, OASST10_LANG, OASST4)
+}
 
 
 def schema_named(name: str) -> AttributeSchema:

@@ -77,6 +77,11 @@ def test_the_default_schema_has_the_twelve_attributes_of_the_reference_and_lang_
     assert len(LANGUAGES) == 35
 
 
+def test_the_languages_can_be_left_out_and_the_nine_put_together():
+    assert (*schema_named("nemo12").keys(), "lang") == NEMO12_LANG.keys()
+    assert schema_named("combined9").keys() == (*schema_named("oasst4").keys(), *HELPSTEER5.keys())
+
+
 def test_helpsteer_and_paper_schemas_have_their_own_attributes_and_ranges():
     assert HELPSTEER5.keys() == ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
     assert PAPER7.legal_values("humor") == tuple("0123456789")
@@ -124,7 +129,7 @@ def test_a_mapping_that_is_no_schema_is_refused(data):
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match=r"nemo12\+lang, helpsteer5"):
+    with pytest.raises(InputError, match=r"nemo12\+lang, nemo12, helpsteer5, combined9, paper7"):
         schema_named("nemo13")
 
 

@@ -424,14 +424,11 @@ class _Rows:
         for index in range(len(lines)):
             line = lines[index]
             try:
-                first = self._samples(line)[0]
-            except RecordError:
-                continue  # rejected below, with its reason
-            self._groups.setdefault(_key(first), array("Q")).append(index)
-        grouped = {index for rows in self._groups.values() for index in rows}
-        for index in range(len(lines)):
-            if index not in grouped:
-                self._reject(lines[index])
+                key = _key(self._samples(line)[0])
+            except RecordError as err:
+                run.reject(line, str(err).removeprefix(f"{line.ref}: "))
+            else:
+                self._groups.setdefault(key, array("Q")).append(index)
         self._units = list(self._groups.values())
 
     def __len__(self) -> int:
@@ -446,12 +443,6 @@ class _Rows:
             )
         assert self._run.format.adapter is not None
         return self._run.format.adapter(line.record, line.ref, self._run.schema)
-
-    def _reject(self, line: RawLine) -> None:
-        try:
-            self._samples(line)
-        except RecordError as err:
-            self._run.reject(line, str(err).removeprefix(f"{line.ref}: "))
 
     def records(self, unit: int, in_train: bool) -> tuple[list[str], bool]:
         """The records of rows that stay together and whether they belong to the training side."""
