@@ -452,6 +452,53 @@ def test_any_text_is_written_and_read_back_as_it_was_or_rejected(tmp_path_factor
     assert sorted(written) == sorted(["answer sound", *sound])
 
 
+def as_jsonl(path, records):
+    return write_trees(path.with_suffix(".jsonl"), records)
+
+
+def as_array(path, records):
+    path.with_suffix(".json").write_text(json.dumps(records), encoding="utf-8")
+    return path.with_suffix(".json")
+
+
+def flat_messages(number):
+    name, text = str(number), "x" * 10_000
+    return [
+        {"message_id": name, "text": text, "role": "prompter"},
+        {"message_id": f"{name}a", "parent_id": name, "text": text, "role": "assistant"},
+    ]
+
+
+SHAPES = {
+    "trees": lambda number: [simple_tree(str(number) + "x" * 10_000)],
+    "messages": flat_messages,
+    "rows": lambda number: [{"prompt": f"{number} {'x' * 10_000}", "response": "y" * 10_000}],
+}
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_array])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_whole_run_takes_no_more_memory_for_more_text(tmp_path, monkeypatch, shape, write):
+    import tracemalloc
+
+    monkeypatch.setattr("steerlm_nemo.data.containers._CHUNK", 1 << 16)
+
+    def peak(number):
+        records = [record for i in range(number) for record in SHAPES[shape](i)]
+        source = write(tmp_path / "source", records)
+        del records
+        tracemalloc.start()
+        run(source, tmp_path / "out")
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(20)  # what the first run imports
+    few, many = peak(20), peak(400)
+    # 380 more hold 7 MB more text.
+    assert many - few < 700_000
+
+
 # --- arguments and files ---
 
 
