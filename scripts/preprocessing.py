@@ -53,7 +53,7 @@ def preprocessing(
         lang: keep only paths in these languages, for example en,de
         drop_deleted: leave out paths with a deleted message
         tree_state: keep only trees in this state, for example ready_for_export
-        labels_from: OpenAssistant trees or messages whose labels fill in, by message id, what the input's lack
+        labels_from: OpenAssistant data (joined by message id) or chat records whose labels fill in what is missing
         fill: attributes for graded responses that lack them, for example violence:0,fails_task:0
         system: system prompt of records that have none of their own
         compat: nemo1.23 keeps the labels of User turns in VALUE_TO_TEXT and prints what NeMo prints

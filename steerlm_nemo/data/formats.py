@@ -17,7 +17,7 @@ from steerlm_nemo.errors import InputError
 from steerlm_nemo.records import RawLine
 
 Adapter = Callable[[Mapping[str, Any], RecordRef, AttributeSchema | None], list[Sample]]
-OASST_TREES, OASST_MESSAGES = "oasst-trees", "oasst-messages"
+OASST_TREES, OASST_MESSAGES, CHAT = "oasst-trees", "oasst-messages", "chat"
 _RECORDS_LOOKED_AT = 100
 
 
@@ -43,18 +43,18 @@ def _format(name: str, needs: str, reads: str, adapter: Adapter | None, schema: 
 _RATINGS = " ".join(HELPSTEER5.names)
 _HELPSTEER2 = "helpsteer2-preference"
 _HELPSTEER2_PAIR = "prompt response_1 response_2 preference_strength"
-_CHAT = "system mask type tree_id"
+_KEYS = "system mask type tree_id"
 # fmt: off
 FORMATS = (
     #       name               needs                                        reads too adapter, schema
     _format(OASST_MESSAGES,    "message_id text role",                      "",       None, NEMO12_LANG),
     _format(OASST_TREES,       "message_tree_id",                           "",       None, NEMO12_LANG),
     _format(OASST_TREES,       "replies",                                   "",       None, NEMO12_LANG),
-    _format("chat",            "conversations",                             _CHAT,    chat.conversations, None),
-    _format("messages",        "messages",                                  _CHAT,    chat.messages, None),
+    _format(CHAT,              "conversations",                             _KEYS,    chat.conversations, None),
+    _format("messages",        "messages",                                  _KEYS,    chat.messages, None),
     _format(_HELPSTEER2,       _HELPSTEER2_PAIR,                            "",       helpsteer.preference, None),
     _format("helpsteer",       "prompt response helpfulness",               _RATINGS, helpsteer.ratings, HELPSTEER5),
-    _format("cvalues",         "prompt pos_resp neg_resp pos_type neg_type", "",       pairs.cvalues, None),
+    _format("cvalues",         "prompt pos_resp neg_resp pos_type neg_type", "",      pairs.cvalues, None),
     _format("pairs",           "prompt chosen rejected",                    "",       pairs.prompted, None),
     _format("hh-rlhf",         "chosen rejected",                           "",       pairs.hh_rlhf, None),
     _format("instruction",     "instruction output",                        "input",  instructions.instruction, None),

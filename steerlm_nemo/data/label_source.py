@@ -4,21 +4,26 @@ The second file is OpenAssistant trees or messages in any container, or one JSON
 
     {"m2": {"name": ["quality"], "value": [0.875]}, "m3": {"quality": {"value": 0.5}}}
 
+Or it is a file of chat records (conversation.py), an annotated one for example. Its turns have no ids; there a turn is
+known by its text and all that was said before.
+
 A grade that a message already has is never overwritten. Languages are not taken over: a translation has its own.
 Memory grows with the labelled messages of the second file, some 200 bytes each.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
-from steerlm_nemo.conversation import RecordRef
+from steerlm_nemo.conversation import RecordRef, Turn
+from steerlm_nemo.data.chat import conversations
 from steerlm_nemo.data.containers import Lines, require_source
-from steerlm_nemo.data.formats import OASST_MESSAGES, OASST_TREES, format_of
+from steerlm_nemo.data.formats import CHAT, OASST_MESSAGES, OASST_TREES, format_of
 from steerlm_nemo.data.oasst import grades
 from steerlm_nemo.data.oasst_messages import with_label_map
 from steerlm_nemo.errors import InputError, RecordError
@@ -30,12 +35,11 @@ class LabelSource:
 
     def __init__(self, source: str | Path, schema: AttributeSchema, scratch_dir: Path) -> None:
         self._lines: dict[str, str] = {}
-        for message_id, node, ref in _messages(str(source), scratch_dir):
-            attributes = grades(with_label_map(node, ref).get("labels"), schema, ref)
+        for message_id, attributes, ref in _graded(str(source), schema, scratch_dir):
             if attributes.items and self._lines.setdefault(message_id, attributes.line) != attributes.line:
                 raise RecordError(f"{ref}: duplicate message_id: {message_id} has other labels further up")
         if not self._lines:
-            raise InputError(f"{source}: no message in it has a message_id and labels of schema {schema.name}")
+            raise InputError(f"{source}: nothing in it has a message_id (or is a chat) and labels of {schema.name}")
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -54,21 +58,38 @@ def completed(own: Attributes | None, other: Attributes | None, schema: Attribut
     return Attributes(tuple((key, values[key]) for key in dict.fromkeys(order) if key in values))
 
 
-def _messages(source: str, scratch_dir: Path) -> Iterator[tuple[str, Mapping[str, Any], RecordRef]]:
-    """(id, raw message, place) of every message that has an id."""
+def said_so_far(turns: Sequence[Turn]) -> str:
+    """What stands for the id of the last of these turns where there is none."""
+    said = json.dumps([(turn.role, turn.text) for turn in turns])
+    return hashlib.blake2b(said.encode("ascii"), digest_size=12).hexdigest()
+
+
+def _graded(source: str, schema: AttributeSchema, scratch_dir: Path) -> Iterator[tuple[str, Attributes, RecordRef]]:
+    """(id, grades, place) of every message that has an id, or of every graded turn of a chat."""
     require_source(source)
     if (by_id := _id_map(source)) is not None:
         for number, (message_id, labels) in enumerate(by_id.items(), 1):
-            yield message_id, {"labels": labels}, RecordRef(source, number)
+            ref = RecordRef(source, number)
+            yield message_id, _grades({"labels": labels}, schema, ref), ref
         return
     with Lines(source, scratch_dir) as lines:
         name = format_of((lines[index] for index in range(len(lines))), source).name
-        if name not in (OASST_TREES, OASST_MESSAGES):
-            raise InputError(f"{source} is of shape {name}; labels are taken from {OASST_TREES} or {OASST_MESSAGES}")
+        if name not in (OASST_TREES, OASST_MESSAGES, CHAT):
+            known = ", ".join((OASST_TREES, OASST_MESSAGES, CHAT))
+            raise InputError(f"{source} is of shape {name}; labels are taken from {known}")
         for index in range(len(lines)):
             line = lines[index]
             if line.record is None:
                 raise RecordError(f"{line.ref}: {line.problem}")
+            if name == CHAT:
+                (sample,) = conversations(line.record, line.ref, None)
+                turns = sample.conversation.turns
+                for number, turn in enumerate(turns, 1):
+                    if turn.attributes is not None:
+                        values = turn.attributes.as_dict()
+                        kept = Attributes(tuple((key, values[key]) for key in schema.names if key in values))
+                        yield said_so_far(turns[:number]), kept, line.ref
+                continue
             pending: list[Any] = [line.record.get("prompt", line.record)]
             while pending:
                 node = pending.pop()
@@ -76,7 +97,11 @@ def _messages(source: str, scratch_dir: Path) -> Iterator[tuple[str, Mapping[str
                     raise RecordError(f"{line.ref}: wrong type: a message must be an object")
                 pending.extend(node.get("replies") or [])
                 if isinstance(node.get("message_id"), str):
-                    yield node["message_id"], node, line.ref
+                    yield node["message_id"], _grades(node, schema, line.ref), line.ref
+
+
+def _grades(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -> Attributes:
+    return grades(with_label_map(node, ref).get("labels"), schema, ref)
 
 
 def _id_map(source: str) -> Mapping[str, Any] | None:

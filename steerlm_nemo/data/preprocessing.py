@@ -26,7 +26,7 @@ from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes, AttributeSche
 from steerlm_nemo.conversation import RECORD_TYPES, SYSTEM_PROMPT, USER, VALUE_TO_TEXT
 from steerlm_nemo.data.containers import Lines, require_source
 from steerlm_nemo.data.formats import OASST_MESSAGES, OASST_TREES, Format, format_named, format_of
-from steerlm_nemo.data.label_source import LabelSource, completed
+from steerlm_nemo.data.label_source import LabelSource, completed, said_so_far
 from steerlm_nemo.data.oasst import Message, paths
 from steerlm_nemo.data.oasst_messages import MessageTrees
 from steerlm_nemo.data.samples import Sample
@@ -114,7 +114,7 @@ class Tally:
         if self.left_out:
             text += f"\npaths left out: {self.left_out.total()} ({_listed(self.left_out)})"
         if self.joined:
-            text += f"\nmessages joined to labels by id: {_listed(self.joined)}"
+            text += f"\nmessages joined to labels: {_listed(self.joined)}"
         if self.num_filled:
             text += f"\nattributes filled in: {self.num_filled}"
         if self.num_moved:
@@ -304,9 +304,10 @@ class _Run:
         conversation = sample.conversation
         turns = []
         for number, turn in enumerate(conversation.turns):
-            attributes = self.attributes(
-                turn.attributes, turn.role, sample.message_ids[number] if sample.message_ids else None
-            )
+            message_id = sample.message_ids[number] if sample.message_ids else None
+            if message_id is None and self.labels is not None:
+                message_id = said_so_far(conversation.turns[: number + 1])
+            attributes = self.attributes(turn.attributes, turn.role, message_id)
             unlabelled = turn.role == self.unlabelled_role or attributes is None
             raw: dict[str, Any] = {
                 "value": turn.text,

@@ -51,7 +51,7 @@ def test_a_translation_gets_the_grades_of_the_original_by_message_id(tmp_path):
         ("元気?", None),
     ]
     assert dict(tally.joined) == {"matched": 2, "unmatched": 1}
-    assert "messages joined to labels by id: matched: 2; unmatched: 1" in tally.summary(Accounting.beside("x"))
+    assert "messages joined to labels: matched: 2; unmatched: 1" in tally.summary(Accounting.beside("x"))
 
 
 def test_a_grade_that_is_there_is_never_overwritten(tmp_path):
@@ -96,10 +96,10 @@ def test_labels_may_come_as_one_object_by_id(tmp_path, form):
 
 
 def test_a_file_without_usable_labels_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no message in it has a message_id and labels of schema helpsteer5"):
+    with pytest.raises(InputError, match="nothing in it has a message_id .* labels of helpsteer5"):
         LabelSource(original(tmp_path / "en.jsonl"), HELPSTEER5, tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    with pytest.raises(InputError, match="labels are taken from oasst-trees or oasst-messages"):
+    with pytest.raises(InputError, match="labels are taken from oasst-trees, oasst-messages, chat"):
         LabelSource(tmp_path / "rows.jsonl", NEMO12_LANG, tmp_path)
     twice = [
         {"message_id": "m", "text": "", "role": "assistant", "labels": {"quality": {"value": value}}}
@@ -108,6 +108,24 @@ def test_a_file_without_usable_labels_is_refused(tmp_path):
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
     with pytest.raises(RecordError, match="twice.jsonl:2: duplicate message_id: m has other labels"):
         LabelSource(tmp_path / "twice.jsonl", NEMO12_LANG, tmp_path)
+
+
+def test_grades_of_people_are_completed_with_those_of_a_model_turn_by_turn(tmp_path):
+    def chat(*labels):
+        texts = ("Hi", "Yes", "Sure?", "Yes")
+        turns = [
+            {"value": text, "from": role, "label": label}
+            for text, role, label in zip(texts, ("User", "Assistant") * 2, labels, strict=True)
+        ]
+        return json.dumps({"conversations": turns, "system": "", "mask": "User"}) + "\n"
+
+    (tmp_path / "people.jsonl").write_text(chat(None, "quality:4", None, None))
+    (tmp_path / "model.jsonl").write_text(chat(None, "quality:1,humor:2", None, "quality:3,humor:0,lang:en"))
+    (record,), tally, _ = run(tmp_path / "people.jsonl", tmp_path / "out", labels_from=tmp_path / "model.jsonl")
+    labels = [turn["label"] for turn in record["conversations"]]
+    # The two answers read alike; what was said before tells them apart.
+    assert labels == [None, "quality:4,humor:2", None, "quality:3,humor:0"]
+    assert dict(tally.joined) == {"matched": 2, "unmatched": 2}
 
 
 def test_genuine_messages_stripped_of_their_labels_get_them_back(shared_data, tmp_path):
