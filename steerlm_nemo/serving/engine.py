@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,11 +25,12 @@ from steerlm_nemo.serving.cache import KVCache
 from steerlm_nemo.serving.loading import LoadedModel
 from steerlm_nemo.serving.sampling import EngineCounters, Event, ModelInfo, Sample
 from steerlm_nemo.serving.scheduler import Scheduler, StepPlan
+from steerlm_nemo.training.launch import EXIT_RANK_FAILED
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
-EXIT_RANK_FAILED = 70
 _IDLE_TIMEOUT = timedelta(days=365)  # followers wait for work without limit; a dead rank 0 closes their connection
+_REASON_FIRST_S = 1.0  # rank 0 ends after a rank that it lost, so that the launcher shows that one's reason
 _HEAD = 4096  # integers of the first message of a plan; what is longer needs a second one
 
 
@@ -142,6 +144,8 @@ class MegatronEngine:
             logger.critical(
                 "rank %d failed inside the model or lost another rank; the server ends", rank, exc_info=True
             )
+            if rank == 0:
+                time.sleep(_REASON_FIRST_S)
             os._exit(EXIT_RANK_FAILED)
 
     @torch.inference_mode()

@@ -6,7 +6,8 @@ ones after it), and fills up with pieces of prompts, so that a long prompt does 
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -402,10 +403,8 @@ def _tell_apart(row: _Row, branches: dict[int, float], chosen: int) -> None:
     options = row.sample.constraint[row.step]
     done = len(row.taken)
     row.option_logprobs = row.option_logprobs or [0.0] * len(options)
-    together = [place for place, option in enumerate(options) if option[:done] == row.taken]
-    for place in together:
-        token = options[place][done]
-        row.option_logprobs[place] += branches[token]
-        if token != chosen:
-            num_sharing = sum(options[other][done] == token for other in together)
-            row.option_logprobs[place] -= float(np.log(num_sharing))
+    together = [(place, option[done]) for place, option in enumerate(options) if option[:done] == row.taken]
+    num_sharing = Counter(token for _, token in together)
+    for place, token in together:
+        share = 1 if token == chosen else num_sharing[token]
+        row.option_logprobs[place] += branches[token] - math.log(share)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 LAUNCHED_HERE = "STEERLM_RANK_OF_LAUNCHER"  # set for ranks whose launcher has checked the config and warned already
+EXIT_RANK_FAILED = 70  # of a rank that failed by itself, or that lost one that did
 FAILURE_GRACE_S = 5.0  # time the others get to end by themselves when one has failed
 
 
@@ -74,7 +75,8 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
             return 0
         code = ranks[first].returncode
         log = logs[first]
-        if log is not None and ranks[0].returncode <= 0:  # else rank 0 has said why itself
+        # Otherwise rank 0 has said why itself; not if all it knows is that it lost its partner.
+        if log is not None and (ranks[0].returncode <= 0 or code == EXIT_RANK_FAILED):
             log.seek(0)
             said = log.read().decode(errors="replace")[-4000:]
             how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
