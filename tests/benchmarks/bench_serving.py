@@ -56,7 +56,7 @@ def main() -> None:
 def annotation(folder: Path, conversations: Sequence[Any], ports: dict[str, int], limit: Any) -> None:
     """Threads per second, the labels compared, and how near the forward pass ours comes."""
     parts = [conversations[i * NUM_THREADS["ours"] :][: NUM_THREADS["ours"]] for i in range(REPEATS)]
-    ours, theirs, nows = iter(range(REPEATS)), iter(range(REPEATS)), iter(range(REPEATS))
+    ours, theirs, nows, engines = (iter(range(REPEATS)) for _ in range(4))
     labels: dict[tuple[int, int], list[str]] = {}
 
     def run_theirs() -> Run:
@@ -77,13 +77,20 @@ def annotation(folder: Path, conversations: Sequence[Any], ports: dict[str, int]
         command += ["--batch_size=8", "--concurrency=12"]
         return timed(lambda: subprocess.run(command, check=True, capture_output=True))
 
-    def run_limit() -> Run:
-        tokens = [conversation_ids(conversation, folder) for conversation in parts[next(nows)]]
-        limit.stdin.write(json.dumps(tokens) + "\n")
+    def ask(work: dict[str, Any]) -> Run:
+        limit.stdin.write(json.dumps(work) + "\n")
         limit.stdin.flush()
         return Run(float(limit.stdout.readline()))
 
-    runs = in_turns({"nemo": run_theirs, "ours": run_ours, "forward": run_limit}, REPEATS)
+    def run_limit() -> Run:
+        return ask({"rows": [conversation_ids(conversation, folder) for conversation in parts[next(nows)]]})
+
+    def run_engine() -> Run:
+        part = parts[next(engines)]
+        return ask({"prompts": [[prompt for c in part if (prompt := grading_prompt(c, turn))] for turn in (1, 3)]})
+
+    contestants = {"nemo": run_theirs, "ours": run_ours, "ours without HTTP": run_engine, "forward": run_limit}
+    runs = in_turns(contestants, REPEATS)
     num_equal = num_compared = 0
     for (repeat, place), expected in labels.items():
         lines = (folder / f"out{repeat}.jsonl").read_text().splitlines()
@@ -103,6 +110,7 @@ def annotation(folder: Path, conversations: Sequence[Any], ports: dict[str, int]
             "equal labels": f"{num_equal} of {num_compared}",
             "share of the forward pass's rate, client start included (target 0.6)": runs["forward"].seconds
             / runs["ours"].seconds,
+            "the same, engine without HTTP and client": runs["forward"].seconds / runs["ours without HTTP"].seconds,
         },
     )
 
@@ -266,15 +274,36 @@ def serve_nemo(model_path: str, port: int) -> None:
     MegatronServer(loaded.nemo_model, GPTModelTextGenerationStrategy(loaded.nemo_model)).run("127.0.0.1", port)
 
 
-def measure_forward(model_path: str) -> None:
-    """For each line of token lists: seconds of a forward pass over them, in batches of like length."""
+def grading_prompt(conversation: Any, turn: int) -> str | None:
+    """With the grades that earlier responses have in the data: what they say does not matter to the rate."""
+    from steerlm_nemo.template import ChatTemplate
+
+    return ChatTemplate().annotation_prompt(conversation, turn) if turn < len(conversation.turns) else None
+
+
+def measure_inside(model_path: str) -> None:
+    """For each line of work its seconds: a forward pass over `rows` of tokens in batches of like length, or our engine
+    on `prompts`, first responses first."""
     import torch
 
+    from steerlm_nemo.serving.engine import EngineSettings, MegatronEngine
+    from steerlm_nemo.serving.lines import line_samples
     from steerlm_nemo.serving.loading import load_for_inference
+    from steerlm_nemo.serving.sampling import complete
 
-    model = load_for_inference(model_path).nemo_model.model
+    loaded = load_for_inference(model_path)
+    model = loaded.nemo_model.model
+    engine = MegatronEngine(loaded, "model", EngineSettings(64, 1024, 1.0, prefix_reuse=True))
     for line in sys.stdin:
-        rows = sorted(json.loads(line), key=len)
+        work = json.loads(line)
+        if "prompts" in work:
+            start = time.perf_counter()
+            for prompts in work["prompts"]:
+                for first in range(0, len(prompts), 128):
+                    complete(engine, line_samples({"prompts": prompts[first : first + 128]}, engine.info))
+            print(time.perf_counter() - start, flush=True)
+            continue
+        rows = sorted(work["rows"], key=len)
         with torch.inference_mode():
             start = time.perf_counter()
             for first in range(0, len(rows), 8):
@@ -336,6 +365,6 @@ if __name__ == "__main__":
         case ["nemo", model_path, port]:
             serve_nemo(model_path, int(port))
         case ["limit", model_path]:
-            measure_forward(model_path)
+            measure_inside(model_path)
         case _:
             main()
