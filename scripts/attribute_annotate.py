@@ -13,6 +13,7 @@ import sys
 from steerlm_nemo.errors import exit_with_message
 
 COMPAT = "nemo1.23"
+TURNS = "which turns to grade (assistant: a value model never learns grades of user turns; all with --compat)"
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,10 +31,11 @@ def parse_args() -> argparse.Namespace:
     flag("output_file_name", default="output.jsonl", help="appears when every record is annotated")
     flag("host", default="localhost", help="where the value model is served")
     flag("port_num", type=int, default=1424, help="its port")
+    flag("endpoints", help="HOST:PORT,HOST:PORT,...: several servers of one model share the work; instead of the two")
     flag("batch_size", type=int, default=1, help="conversations per request")
-    flag("concurrency", type=int, default=8, help="requests under way at a time")
+    flag("concurrency", type=int, default=32, help="requests under way at a time, per server")
     flag("process_lang", type=boolean, nargs="?", const=True, default=True, help="write lang, if the model knows it")
-    flag("turns", choices=("assistant", "all"), help="which turns to grade (assistant; all with --compat)")
+    flag("turns", choices=("assistant", "all"), help=TURNS)
     flag("mode", choices=("line", "slots"), help="one request per turn (line), or per value (slots; with --compat)")
     flag(
         "output_type",
@@ -41,6 +43,8 @@ def parse_args() -> argparse.Namespace:
         choices=("keep", "VALUE_TO_TEXT", "TEXT_TO_VALUE"),
         help="`type` of the output records; VALUE_TO_TEXT makes them ready to train the SteerLM model on",
     )
+    flag("only_missing", action="store_true", help="keep human values; the model adds what they lack, knowing them")
+    flag("soft", action="store_true", help="keep probabilities, expected value and confidence as label_soft")
     flag("retries", type=int, default=8, help="how often a request is sent again, with growing pauses")
     flag("timeout_s", type=float, default=600.0, help="seconds to wait for one answer")
     flag("allow_rejected", action="store_true", help="finish without records that cannot be annotated")
@@ -57,27 +61,29 @@ def boolean(text: str) -> bool:
 def main() -> None:
     args = parse_args()
     from steerlm_nemo.annotation.annotate import AnnotationSettings, annotate
-    from steerlm_nemo.serving.client import ServerClient
+    from steerlm_nemo.annotation.servers import ServerPool, parse_endpoints
 
     settings = AnnotationSettings(
         turns=args.turns or ("all" if args.compat else "assistant"),
         mode=args.mode or ("slots" if args.compat else "line"),
         output_type=args.output_type,
         process_lang=args.process_lang,
+        only_missing=args.only_missing,
+        soft=args.soft,
+        compat=args.compat is not None,
     )
-    client = ServerClient(args.host, args.port_num, args.timeout_s, args.retries)
+    addresses = parse_endpoints(args.endpoints) if args.endpoints else [(args.host, args.port_num)]
+    servers = ServerPool(addresses, args.timeout_s, args.retries, args.concurrency)
     summary = annotate(
         args.input_file_name,
         args.output_file_name,
-        client,
+        servers,
         settings,
         batch_size=args.batch_size,
-        concurrency=args.concurrency,
         allow_rejected=args.allow_rejected,
-        compat=args.compat is not None,
     )
     print(summary.text())
-    print(f"{args.output_file_name} written; {client.num_requests} requests, {client.num_retries} of them retries")
+    print(f"{args.output_file_name} written; {servers.num_requests} requests, {servers.num_retries} of them retries")
     if summary.num_records == 0:
         print("WARNING: no record was annotated", file=sys.stderr)
 

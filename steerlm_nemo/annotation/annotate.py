@@ -1,17 +1,23 @@
 """Grading every turn of a chat file with a value model (SteerLM, arXiv:2310.05344, step 2).
 
 Turns are graded in order and a later turn sees the grades given to the earlier ones, as in the reference. Many
-conversations are in work at a time; the output keeps the order of the input and gets its name when it is complete.
+conversations are in work at a time; those that begin alike run near each other, so that a server computes what they
+share once. The output keeps the order of the input and gets its name when it is complete.
 """
 
 from __future__ import annotations
 
+import json
 import queue
+import sys
 import threading
+import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +25,45 @@ from tqdm import tqdm
 
 from steerlm_nemo.annotation.journal import Journal
 from steerlm_nemo.annotation.lines import LineReader
-from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes
+from steerlm_nemo.annotation.servers import ServerPool
+from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes, AttributeSchema
 from steerlm_nemo.conversation import RECORD_TYPES, TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, Turn
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError, ServerError
+from steerlm_nemo.evaluation.value_model import Comparison
 from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, read_lines, require_file
-from steerlm_nemo.serving.client import RequestRefusedError, ServerClient
-from steerlm_nemo.template import EXTRA_ID_TEMPLATE, SteerLMFormat
+from steerlm_nemo.serving.client import RequestRefusedError, UnreachableError
+from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate, SteerLMFormat
 
 KEEP = "keep"
+WINDOW = 4096  # records that are put in order together: enough to bring trees together, few enough for memory
+
+Beliefs = dict[str, dict[str, Any]]  # per key, as POST /v1/attribute_lines answers
 
 
 @dataclass(frozen=True)
 class AnnotationSettings:
-    """What is written. Two runs with equal settings and equal servers write the same bytes.
+    """What is written. Two runs with equal settings and equal servers write the same labels.
 
-    turns: "assistant" grades the turns of every speaker that is not a mask role; "all" grades user turns, too.
+    turns: "assistant" grades the turns of every speaker that is not a mask role; "all" grades user turns, too, though
+        a value model is not trained on their labels.
     mode: "line" asks once per turn for the whole line; "slots" once per value.
     output_type: "keep" leaves `type` as it is. "VALUE_TO_TEXT" makes the output ready for training the SteerLM
         model; turns that were not graded then get a null label, as preprocessing writes them.
     process_lang: write `lang` where the model's schema has it.
+    only_missing: human values are kept, and the model chooses the others in their knowledge. Human is what `gt_label`
+        has, or `label` where there is none.
+    soft: keep what the model believes of every value it chose, as `label_soft`.
+    compat: the prompt bytes of the reference's annotator, which ends the system prompt with one line end less than
+        training does; and its markers and attributes where the server does not tell its own.
     """
 
     turns: str = "assistant"
     mode: str = "line"
     output_type: str = KEEP
     process_lang: bool = True
+    only_missing: bool = False
+    soft: bool = False
+    compat: bool = False
 
     def __post_init__(self) -> None:
         for name, legal in (
@@ -53,35 +73,25 @@ class AnnotationSettings:
         ):
             if getattr(self, name) not in legal:
                 raise InputError(f"--{name} is {getattr(self, name)!r}; it must be one of {', '.join(legal)}")
-
-
-@dataclass
-class Agreement:
-    """Model against human grades of one attribute, over the turns that have both."""
-
-    num_turns: int = 0
-    num_equal: int = 0
-    absolute_error: int = 0  # summed; stays 0 for `lang`, which has no distance
-
-    @property
-    def exact(self) -> float:
-        return self.num_equal / self.num_turns
-
-    @property
-    def mae(self) -> float:
-        return self.absolute_error / self.num_turns
+        if self.soft and self.mode == "slots":
+            raise InputError("--soft needs --mode=line: a value asked alone comes without probabilities")
 
 
 @dataclass
 class Summary:
-    """What a finished run did. `counts`: turns found `by_line` and `by_slots`; `slots` asked; values `chosen`."""
+    """What a finished run did.
 
+    counts: turns found `by_line` and `by_slots`; `slots` asked; values `chosen` for the model and `given` by people.
+    comparison: with the human labels of graded turns; empty where these were kept.
+    """
+
+    comparison: Comparison
     num_records: int = 0
     num_resumed: int = 0
     num_rejected: int = 0
+    seconds: float = 0.0
     rejects_path: Path | None = None
     counts: Counter[str] = field(default_factory=Counter)
-    agreement: dict[str, Agreement] = field(default_factory=dict)
 
     def text(self) -> str:
         c = self.counts
@@ -92,61 +102,69 @@ class Summary:
                 f"WARNING: {total} read = {self.num_records} written + {self.num_rejected} rejected; "
                 f"the rejected ones are in {self.rejects_path}"
             )
+        given = f"; {c['given']} human values kept" if c["given"] else ""
         lines += [
-            f"{self.num_records} records annotated ({self.num_resumed} of them by an earlier run); "
-            f"{c['by_line'] + c['by_slots']} turns: {c['by_line']} by whole line, {c['by_slots']} with "
-            f"{c['slots']} values asked one by one; {c['chosen']} values are the likeliest legal one because the "
-            "model's first choice was not legal"
+            f"{self.num_records} records annotated ({self.num_resumed} of them by an earlier run) in "
+            f"{self.seconds:.1f} s; {c['by_line'] + c['by_slots']} turns: {c['by_line']} by whole line, "
+            f"{c['by_slots']} with {c['slots']} values asked one by one; {c['chosen']} values are the likeliest legal "
+            f"one because the model's first choice was not legal{given}"
         ]
-        if self.agreement:
-            lines.append("compared with the labels that were there before:")
-            lines.append(f"  {'attribute':<20}{'turns':>8}{'exact':>8}{'MAE':>8}")
-            for key, found in self.agreement.items():
-                mae = "" if key == LANG else f"{found.mae:8.3f}"
-                lines.append(f"  {key:<20}{found.num_turns:>8}{found.exact:>8.3f}{mae}")
+        if table := self.comparison.text():
+            lines += ["compared with the labels that were there before:", table]
         return "\n".join(lines)
 
 
 def annotate(
     input_file: str | Path,
     output_file: str | Path,
-    client: ServerClient,
+    servers: ServerPool,
     settings: AnnotationSettings,
     *,
     batch_size: int = 1,
-    concurrency: int = 8,
     allow_rejected: bool = False,
-    compat: bool = False,
 ) -> Summary:
     """Annotate a whole file.
 
-    `batch_size` conversations go into one request and `concurrency` requests are under way at a time.
+    `batch_size` conversations go into one request; `servers` says how many requests are under way at a time.
     `allow_rejected` completes the output without the records that cannot be annotated (they stay in the reject
-    file). `compat` grades with NeMo's markers and attributes where the server does not tell its own.
+    file). Where human labels can be compared, OUTPUT.comparison.json and .html are written.
 
     Raises:
-        InputError: the input cannot be read, or the server's model is no value model.
-        IncompleteError: a record was rejected, or the server went away. The output is not written; what is done is
+        InputError: the input cannot be read, the servers' model is no value model, or not the one that began.
+        IncompleteError: a record was rejected, or all servers went away. The output is not written; what is done is
             kept in OUTPUT.progress.jsonl, and the same command goes on from there.
     """
     source, output = require_file(input_file), Path(output_file)
     if output.is_dir():
         raise InputError(f"{output} is a directory; give the name of a file to write")
-    for name, value in (("batch_size", batch_size), ("concurrency", concurrency)):
+    for name, value in (("batch_size", batch_size), ("concurrency", servers.in_flight)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"--{name} must be a whole number of at least 1, found {value!r}")
-    served = client.format()
-    if served is None and compat:
+    served = servers.format()
+    if served is None and settings.compat:
         served = SteerLMFormat(EXTRA_ID_TEMPLATE, NEMO12_LANG, TEXT_TO_VALUE)
     else:
-        served = client.require_format(TEXT_TO_VALUE)
-    fingerprint = {**vars(settings), "model_format": served.to_dict()["digest"]}
+        served = servers.require_format(TEXT_TO_VALUE)
+    if servers.identity is None:
+        print(
+            f"WARNING: {servers.where} does not tell which model it serves; going on with another goes unnoticed.",
+            file=sys.stderr,
+        )
+    fingerprint = {
+        **vars(settings),
+        "model": servers.identity,
+        "schema": served.schema.name,
+        "model_format": served.to_dict()["digest"],
+    }
+    start = time.monotonic()
     with Journal(Path(f"{output}.progress.jsonl"), fingerprint) as journal, Accounting.beside(output) as accounting:
-        num_resumed = len(journal)
-        annotator = _Annotator(client, served, settings, journal, accounting)
-        total = sum(1 for _ in read_lines(source))
-        with tqdm(total=total, unit="record", desc="annotate") as progress:
-            stopped = annotator.run(source, batch_size, concurrency, progress)
+        annotator = _Annotator(servers, served, settings, journal, accounting)
+        total = num_resumed = 0
+        for line in read_lines(source):
+            total += 1
+            num_resumed += journal.has(line)
+        with tqdm(total=total, initial=num_resumed, unit="thread", desc="annotate") as progress:
+            stopped = annotator.run(source, batch_size, progress)
         num_rejected = accounting.counts["rejected"]
         if stopped is not None:
             raise IncompleteError(
@@ -165,20 +183,87 @@ def annotate(
                 f"its reason. {output} is not written. Correct them and run the same command again "
                 f"(the other {len(journal)} are kept), or add --allow_rejected to go without them."
             )
-        summary = _write(source, output, journal, settings)
-        summary.num_resumed = num_resumed
+        summary = _write(source, output, journal, settings, served.schema)
+        summary.num_resumed, summary.seconds = num_resumed, time.monotonic() - start
         summary.num_rejected, summary.rejects_path = num_rejected, accounting.rejects_path
+        _write_comparison(output, summary.comparison)
         journal.delete()
     return summary
 
 
+class _Thread:
+    """A conversation in work: the text before the next label, which only grows, so a server that remembers the last
+    prompt computes no more than what is new."""
+
+    def __init__(self, line: RawLine, served: SteerLMFormat, settings: AnnotationSettings) -> None:
+        """Raises RecordError for whatever would stop the record from being written later."""
+        self.line = line
+        conversation = _conversation(line)
+        self._template = served.template
+        self.texts = _texts(served.template, conversation)
+        self.wanted = wanted_turns(conversation, settings)
+        self._labels = [turn.attributes for turn in conversation.turns]
+        self.given: dict[int, dict[str, int | str]] = {index: {} for index in self.wanted}
+        keys = [key for key in served.schema.keys() if settings.process_lang or key != LANG]  # noqa: SIM118
+        self.grades: dict[int, Attributes] = {}
+        self.beliefs: dict[int, Beliefs] = {}
+        self.counts: Counter[str] = Counter()
+        if settings.only_missing:
+            for index in self.wanted:
+                known = _human(line.record or {}, index).as_dict()
+                self.given[index] = {key: known[key] for key in keys if key in known}
+                try:
+                    served.schema.order(self.given[index])
+                except InputError as err:
+                    raise RecordError(f"{line.ref} turn {index}: the human label cannot be kept: {err}") from err
+        header = self.texts[0]
+        # The reference's annotator has one line end less here than its training has (D-08).
+        self._text = header.removesuffix(served.template.end_of_turn) if settings.compat else header
+        self._next = 0
+        for index in list(self.wanted):
+            if len(self.given[index]) == len(keys):  # nothing is missing
+                self.grades[index] = served.schema.order(self.given[index])
+                self.counts["given"] += len(keys)
+        self.to_ask = [index for index in self.wanted if index not in self.grades]
+
+    def prompt(self, index: int) -> str:
+        """What T2V training puts before this turn's label (`ChatTemplate.annotation_prompt`); asked in turn order."""
+        while self._next < index:
+            self._text += self.texts[self._next + 1]
+            label = self.grades.get(self._next, self._labels[self._next])
+            if label is not None:
+                self._text += self._template.label_start + label.line + self._template.end_of_name
+            self._next += 1
+        return self._text + self.texts[index + 1] + self._template.label_start
+
+
+def _texts(template: ChatTemplate, conversation: Conversation) -> list[str]:
+    """The header, then what each turn has before its label."""
+    ungraded = tuple(Turn(turn.role, turn.text) for turn in conversation.turns)
+    texts = [""] * (len(ungraded) + 1)
+    for segment in template.segments(replace(conversation, turns=ungraded, type=TEXT_TO_VALUE)):
+        if segment.turn < len(ungraded):
+            texts[segment.turn + 1] += segment.text
+    return texts
+
+
+def wanted_turns(conversation: Conversation, settings: AnnotationSettings) -> list[int]:
+    every = settings.turns == "all"
+    return [i for i, turn in enumerate(conversation.turns) if every or turn.role not in conversation.mask_roles]
+
+
+def _human(record: dict[str, Any], index: int) -> Attributes:
+    """What people said of a turn: its ground truth, or its label where none was set apart."""
+    turn = record["conversations"][index]
+    truth = turn.get("gt_label")
+    return Attributes.parse((turn.get("label") if truth is None else truth) or "")
+
+
 @dataclass(frozen=True)
 class _Result:
-    """What became of one record: its grades per turn, or the reason it has none, or why the run must stop."""
+    """What became of one record: it is graded, or the reason why it is not, or why the run must stop."""
 
-    line: RawLine
-    grades: dict[int, Attributes]
-    counts: Counter[str]
+    thread: _Thread
     problem: str | None = None
     server_fault: bool = False  # `problem` is the server's, not the record's
     fatal: ServerError | None = None
@@ -189,24 +274,27 @@ class _Annotator:
 
     def __init__(
         self,
-        client: ServerClient,
+        servers: ServerPool,
         served: SteerLMFormat,
         settings: AnnotationSettings,
         journal: Journal,
         accounting: Accounting,
     ) -> None:
-        self._client = client
-        self._template = served.template
-        self._reader = LineReader(client, served, settings.mode)
+        self._servers = servers
+        self._served = served
+        self._reader = LineReader(servers, served, settings.mode)
         self._settings = settings
         self._journal = journal
         self._accounting = accounting
+        self._num_turns = 0
+        self._start = time.monotonic()
         self.num_server_faults = 0
 
-    def run(self, source: Path, batch_size: int, concurrency: int, progress: Any) -> ServerError | None:
+    def run(self, source: Path, batch_size: int, progress: Any) -> ServerError | None:
         """Annotate what the journal does not have yet. Returns the error that stopped the run early, if any."""
-        tasks: queue.Queue[list[tuple[RawLine, Conversation]] | None] = queue.Queue()
+        tasks: queue.Queue[list[_Thread] | None] = queue.Queue()
         results: queue.Queue[_Result | BaseException] = queue.Queue()
+        num_workers = self._servers.in_flight * len(self._servers.addresses)
 
         def work() -> None:
             while (group := tasks.get()) is not None:
@@ -217,7 +305,7 @@ class _Annotator:
                     results.put(err)
 
         # Daemons: after Ctrl-C nobody waits for an answer that may take minutes.
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(concurrency)]
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(num_workers)]
         for worker in workers:
             worker.start()
         stopped: ServerError | None = None
@@ -226,7 +314,7 @@ class _Annotator:
             tasks.put(group)
             in_flight += len(group)
             # Two groups per worker: one in work, one ready. Memory does not grow with the file.
-            while stopped is None and in_flight > 2 * concurrency * batch_size:
+            while stopped is None and in_flight > 2 * num_workers * batch_size:
                 stopped = self._book(results.get(), progress)
                 in_flight -= 1
             if stopped is not None:
@@ -246,71 +334,79 @@ class _Annotator:
             raise result
         if result.fatal is not None:
             return result.fatal
+        thread = result.thread
         if result.problem is not None:
-            self._accounting.rejected(result.line.ref, result.problem, result.line.raw)
+            self._accounting.rejected(thread.line.ref, result.problem, thread.line.raw)
             self.num_server_faults += result.server_fault
         else:
-            assert result.line.record is not None
-            self._journal.add(result.line, labelled(result.line.record, result.grades, self._settings), result.counts)
+            assert thread.line.record is not None
+            record = labelled(thread.line.record, thread.grades, self._settings, thread.beliefs)
+            self._journal.add(thread.line, record, thread.counts)
+        self._num_turns += len(thread.grades)
+        elapsed_s = max(time.monotonic() - self._start, 0.001)
+        progress.set_postfix_str(f"{self._num_turns / elapsed_s:.1f} turns/s", refresh=False)
         progress.update()
         return None
 
-    def _groups(self, source: Path, batch_size: int, progress: Any) -> Iterator[list[tuple[RawLine, Conversation]]]:
-        group: list[tuple[RawLine, Conversation]] = []
-        for line in read_lines(source):
-            if self._journal.has(line):
-                progress.update()
-                continue
-            try:
-                group.append((line, _conversation(line)))
-            except RecordError as err:
-                self._accounting.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
-                progress.update()
-                continue
-            if len(group) == batch_size:
-                yield group
-                group = []
+    def _groups(self, source: Path, batch_size: int, progress: Any) -> Iterator[list[_Thread]]:
+        """What is left to do, `batch_size` at a time, window by window ordered by text: threads of a tree begin alike,
+        and run near each other."""
+        lines = (line for line in read_lines(source) if not self._journal.has(line))
+        group: list[_Thread] = []
+        while window := list(islice(lines, WINDOW)):
+            threads = []
+            for line in window:
+                try:
+                    threads.append(_Thread(line, self._served, self._settings))
+                except RecordError as err:
+                    self._accounting.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
+                    progress.update()
+            for thread in sorted(threads, key=lambda thread: thread.texts):
+                group.append(thread)
+                if len(group) == batch_size:
+                    yield group
+                    group = []
         if group:
             yield group
 
-    def _group(self, group: Sequence[tuple[RawLine, Conversation]]) -> list[_Result]:
+    def _group(self, group: Sequence[_Thread]) -> list[_Result]:
         try:
-            graded = self._grade([conversation for _, conversation in group])
+            self._grade(group)
         except ServerError as err:
-            if len(group) > 1 and (isinstance(err, RequestRefusedError) or self._client.is_ready()):
-                # One record the server cannot take must not cost its neighbours their grades.
-                return [result for member in group for result in self._group([member])]
-            if isinstance(err, RequestRefusedError) or self._client.is_ready():
-                fault = not isinstance(err, RequestRefusedError)
-                return [_Result(line, {}, Counter(), f"not annotated: {err}", fault) for line, _ in group]
-            return [_Result(line, {}, Counter(), fatal=err) for line, _ in group]
-        return [_Result(line, *found) for (line, _), found in zip(group, graded, strict=True)]
-
-    def _grade(self, conversations: Sequence[Conversation]) -> list[tuple[dict[int, Attributes], Counter[str]]]:
-        """Grades of every wanted turn: first turns of all conversations together, then second turns, ..."""
-        turns = [list(conversation.turns) for conversation in conversations]
-        wanted = [self._wanted(conversation) for conversation in conversations]
-        grades: list[dict[int, Attributes]] = [{} for _ in conversations]
-        counts: list[Counter[str]] = [Counter() for _ in conversations]
-        for step in range(max(map(len, wanted))):
-            rows = [row for row, indices in enumerate(wanted) if step < len(indices)]
-            prompts = [
-                self._template.annotation_prompt(
-                    replace(conversations[row], turns=tuple(turns[row])), wanted[row][step]
-                )
-                for row in rows
+            refused = isinstance(err, RequestRefusedError)
+            if isinstance(err, UnreachableError) or not (refused or self._servers.is_ready()):
+                return [_Result(thread, fatal=err) for thread in group]
+            if len(group) == 1:
+                return [_Result(group[0], f"not annotated: {err}", server_fault=not refused)]
+            # One record the server cannot take must not cost its neighbours their grades.
+            return [
+                result
+                for thread in group
+                for result in self._group([_Thread(thread.line, self._served, self._settings)])
             ]
-            for row, (full, found) in zip(rows, self._reader.read(prompts), strict=True):
-                index = wanted[row][step]
-                line = full if self._settings.process_lang else _without_lang(full)
-                turns[row][index] = Turn(turns[row][index].role, turns[row][index].text, line)
-                grades[row][index] = line
-                counts[row] += found
-        return list(zip(grades, counts, strict=True))
+        return [_Result(thread) for thread in group]
 
-    def _wanted(self, conversation: Conversation) -> list[int]:
-        every = self._settings.turns == "all"
-        return [i for i, turn in enumerate(conversation.turns) if every or turn.role not in conversation.mask_roles]
+    def _grade(self, threads: Sequence[_Thread]) -> None:
+        """Grade every wanted turn: first turns of all conversations together, then second turns, ..."""
+        home = zlib.crc32(threads[0].texts[1].encode())  # threads of one tree begin alike
+        for step in range(max(len(thread.to_ask) for thread in threads)):
+            rows = [(thread, thread.to_ask[step]) for thread in threads if step < len(thread.to_ask)]
+            prompts = [thread.prompt(index) for thread, index in rows]
+            given = [thread.given[index] for thread, index in rows]
+            for (thread, index), reading in zip(rows, self._reader.read(prompts, given, home), strict=True):
+                beliefs = reading.beliefs
+                if self._settings.soft and beliefs is None:
+                    raise InputError(
+                        f"--soft: {self._servers.where} does not tell how sure its model is. Serve it with "
+                        "scripts/megatron_gpt_eval.py of this project, or run without --soft."
+                    )
+                with_lang = self._settings.process_lang
+                thread.grades[index] = reading.attributes if with_lang else _without_lang(reading.attributes)
+                if self._settings.soft:
+                    thread.beliefs[index] = {
+                        key: belief for key, belief in (beliefs or {}).items() if with_lang or key != LANG
+                    }
+                thread.counts += reading.counts
 
 
 def _conversation(line: RawLine) -> Conversation:
@@ -330,10 +426,16 @@ def _conversation(line: RawLine) -> Conversation:
     return conversation
 
 
-def labelled(record: dict[str, Any], grades: dict[int, Attributes], settings: AnnotationSettings) -> dict[str, Any]:
+def labelled(
+    record: dict[str, Any],
+    grades: dict[int, Attributes],
+    settings: AnnotationSettings,
+    beliefs: dict[int, Beliefs] | None = None,
+) -> dict[str, Any]:
     """The record with new labels; a label that was there moves to `gt_label`, last in its turn as NeMo writes it.
 
-    A `gt_label` that is there already is kept: it is the ground truth, and the label was a model's.
+    A `gt_label` that is there already is kept: it is the ground truth, and the label was a model's. `beliefs` become
+    `label_soft`: per attribute the model chose, expected value (null for lang), confidence and probabilities.
     """
     turns = []
     for index, raw in enumerate(record["conversations"]):
@@ -343,9 +445,12 @@ def labelled(record: dict[str, Any], grades: dict[int, Attributes], settings: An
         if index in grades or (ungrade and old is not None):
             # The key keeps its place if it was there.
             turn["label"] = grades[index].line if index in grades else None
-            if old is not None and turn.get("gt_label") is None:
-                turn.pop("gt_label", None)
-                turn["gt_label"] = old
+            turn.pop("label_soft", None)  # of another model
+            truth = turn.pop("gt_label", None)
+            if beliefs and index in beliefs:
+                turn["label_soft"] = {key: _soft(belief) for key, belief in beliefs[index].items()}
+            if truth is not None or old is not None:
+                turn["gt_label"] = old if truth is None else truth
         turns.append(turn)
     changed = {**record, "conversations": turns}
     if settings.output_type != KEEP:
@@ -353,13 +458,25 @@ def labelled(record: dict[str, Any], grades: dict[int, Attributes], settings: An
     return changed
 
 
+def _soft(belief: dict[str, Any]) -> dict[str, Any]:
+    """Rounded: further digits are noise of the arithmetic, and would triple the file."""
+    expected = belief["expected"]
+    return {
+        "expected": None if expected is None else round(expected, 4),
+        "confidence": round(belief["confidence"], 4),
+        "probabilities": {value: round(share, 4) for value, share in belief["probabilities"].items()},
+    }
+
+
 def _without_lang(line: Attributes) -> Attributes:
     return Attributes(tuple(item for item in line.items if item[0] != LANG))
 
 
-def _write(source: Path, output: Path, journal: Journal, settings: AnnotationSettings) -> Summary:
+def _write(
+    source: Path, output: Path, journal: Journal, settings: AnnotationSettings, schema: AttributeSchema
+) -> Summary:
     """The finished records in input order, under the final name."""
-    summary = Summary()
+    summary = Summary(Comparison(schema))
     with atomic_output(output) as file:
         for line in read_lines(source):
             found = journal.get(line)
@@ -368,19 +485,26 @@ def _write(source: Path, output: Path, journal: Journal, settings: AnnotationSet
                 file.write(dump_record(record) + "\n")
                 summary.num_records += 1
                 summary.counts += counts
-                _compare(record, settings, summary.agreement)
+                if not settings.only_missing:
+                    _compare(Conversation.from_record(record, line.ref), record, settings, summary.comparison)
     return summary
 
 
-def _compare(record: dict[str, Any], settings: AnnotationSettings, agreement: dict[str, Agreement]) -> None:
-    for turn in record["conversations"]:
-        if turn.get("label") is None or turn.get("gt_label") is None:
-            continue
-        model, human = Attributes.parse(turn["label"]).as_dict(), Attributes.parse(turn["gt_label"]).as_dict()
-        for key, value in model.items():
-            if key in human:
-                found = agreement.setdefault(key, Agreement())
-                found.num_turns += 1
-                found.num_equal += value == human[key]
-                if isinstance(value, int):
-                    found.absolute_error += abs(value - int(human[key]))
+def _compare(
+    conversation: Conversation, record: dict[str, Any], settings: AnnotationSettings, comparison: Comparison
+) -> None:
+    for index in wanted_turns(conversation, settings):
+        predicted, truth = conversation.turns[index].attributes, record["conversations"][index].get("gt_label")
+        if predicted is not None and truth is not None:
+            comparison.add(Attributes.parse(truth), predicted)
+
+
+def _write_comparison(output: Path, comparison: Comparison) -> None:
+    """OUTPUT.comparison.json and .html, where there is something to compare; those of an earlier run do not stay."""
+    for kind in ("json", "html"):
+        Path(f"{output}.comparison.{kind}").unlink(missing_ok=True)
+    if comparison.text():
+        with atomic_output(f"{output}.comparison.json") as file:
+            json.dump(comparison.to_dict(), file, indent=1)
+        with atomic_output(f"{output}.comparison.html") as file:
+            file.write(comparison.html(f"{output.name}: the model's grades against people's"))

@@ -6,15 +6,18 @@ attribute only where both have it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from steerlm_nemo.attributes import Attributes, AttributeSchema
+from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
 from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.evaluation.charts import heat_table
 from steerlm_nemo.evaluation.statistics import pearson
 from steerlm_nemo.records import read_records
 
@@ -33,12 +36,14 @@ class Grading:
     confusion: list[list[int]]
 
     @classmethod
-    def of(cls, pairs: Iterable[Pair], num_grades: int) -> Grading:
-        """`num_grades` is the length of the scale, which starts at 0."""
-        human, predicted = np.array(list(pairs)).T
-        error = np.abs(human - predicted)
+    def of(cls, pairs: Iterable[Pair] | Mapping[Pair, int], num_grades: int) -> Grading:
+        """Of pairs, or of how often each occurs. `num_grades` is the length of the scale, which starts at 0."""
         confusion = np.zeros((num_grades, num_grades), dtype=int)
-        np.add.at(confusion, (human, predicted), 1)
+        for pair, count in Counter(pairs).items():
+            confusion[pair] += count
+        counts = confusion.ravel()
+        human, predicted = (np.repeat(axis.ravel(), counts) for axis in np.indices(confusion.shape))
+        error = np.abs(human - predicted)
         return cls(
             num_turns=len(human),
             exact_match=float(np.mean(error == 0)),
@@ -47,6 +52,77 @@ class Grading:
             pearson=pearson(human, predicted),
             confusion=confusion.tolist(),
         )
+
+
+@dataclass
+class Comparison:
+    """Human and predicted labels of many turns, counted as they come: memory does not grow with the turns."""
+
+    schema: AttributeSchema
+    num_off_scale: int = 0  # human values outside the model's scale, and of attributes it does not know: left out
+    _pairs: dict[str, Counter[Pair]] = field(default_factory=dict)
+    _languages: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, human: Attributes, predicted: Attributes) -> None:
+        """One turn. `predicted` is legal."""
+        found = predicted.as_dict()
+        for key, value in human.items:
+            known = key in self.schema.keys()  # noqa: SIM118 - no mapping
+            if not known or str(value) not in self.schema.legal_values(key):
+                self.num_off_scale += 1
+            elif key == LANG and key in found:
+                self._languages[str(value), str(found[key])] += 1
+            elif key in found:
+                self._pairs.setdefault(key, Counter())[int(value), int(found[key])] += 1
+
+    def gradings(self) -> dict[str, Grading]:
+        """Of every attribute that both sides have somewhere, in schema order, without `lang`, which has no scale."""
+        num_grades = {attribute.name: attribute.maximum + 1 for attribute in self.schema.attributes}
+        return {
+            name: Grading.of(self._pairs[name], num_grades[name]) for name in self.schema.names if name in self._pairs
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a JSON file: the gradings, and for `lang` exact match and `confusion` as [human, predicted, turns]."""
+        attributes: dict[str, Any] = {name: vars(grading) for name, grading in self.gradings().items()}
+        if self._languages:
+            attributes[LANG] = {
+                "num_turns": self._languages.total(),
+                "exact_match": self._exact_languages(),
+                "confusion": [[*pair, count] for pair, count in sorted(self._languages.items())],
+            }
+        return {"schema": self.schema.name, "num_off_scale": self.num_off_scale, "attributes": attributes}
+
+    def text(self) -> str:
+        """A table, or nothing where no turn has both labels."""
+        lines = [f"  {'attribute':<20}{'turns':>8}{'exact':>8}{'within 1':>10}{'MAE':>8}{'Pearson':>9}"]
+        for name, g in self.gradings().items():
+            r = "n/a" if g.pearson is None else f"{g.pearson:.3f}"
+            lines.append(f"  {name:<20}{g.num_turns:>8}{g.exact_match:>8.3f}{g.within_one:>10.3f}{g.mae:>8.3f}{r:>9}")
+        if self._languages:
+            lines.append(f"  {LANG:<20}{self._languages.total():>8}{self._exact_languages():>8.3f}")
+        if self.num_off_scale:
+            lines.append(f"  {self.num_off_scale} human values are not on the model's scale and are not compared")
+        return "\n".join(lines) if len(lines) > 1 else ""
+
+    def html(self, title: str) -> str:
+        """One page: the table and a confusion table per attribute."""
+        figures = []
+        for name, grading in self.gradings().items():
+            grades = [str(grade) for grade in range(len(grading.confusion))]
+            most = max(max(row) for row in grading.confusion)
+            figures.append(f"<h2>{escape(name)}</h2>{heat_table(grades, grades, grading.confusion, most)}")
+        style = "body{font:15px sans-serif;margin:2em}td,th{padding:4px 9px;text-align:right}"
+        return (
+            f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{style}</style>"
+            f"<h1>{escape(title)}</h1><pre>{escape(self.text())}</pre>"
+            f"<p>Rows: human grade; columns: the model's; cells: turns.</p>"
+            f"{''.join(figures)}</html>\n"
+        )
+
+    def _exact_languages(self) -> float:
+        same = sum(count for (human, predicted), count in self._languages.items() if human == predicted)
+        return same / self._languages.total()
 
 
 def grade_pairs(annotated_file: str | Path, schema: AttributeSchema) -> dict[str, list[Pair]]:

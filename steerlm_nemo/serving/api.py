@@ -2,9 +2,10 @@
 
     PUT, POST /generate     NeMo's text generation request and answer
     GET /health             model name, readiness, tensor parallel size, number type
-    GET /v1/template        markers and attribute schema of the model (the format kept in its checkpoint)
+    GET /v1/template        markers and attribute schema of the model (the format kept in its checkpoint), identity
     GET /v1/attributes      the same
-    POST /v1/attribute_lines   {"prompts": [...]} -> full attribute lines of a value model, values always legal
+    POST /v1/attribute_lines   {"prompts": [...], "given": [...]} -> full attribute lines of a value model, values
+                            always legal, with probabilities
 
 Every error is JSON, `{"message": "..."}`, with a status that says whose fault it is. Bodies are never logged.
 """
@@ -72,7 +73,7 @@ def build_app(
             samples = await asyncio.to_thread(line_samples, body, info)
         except BadRequest as err:
             raise HTTPException(400, str(err)) from err
-        return _json(line_answer(await complete(request, samples), info))
+        return _json(line_answer(await complete(request, samples), body, info))
 
     async def complete(request: Request, samples: Sequence[Sample]) -> list[Completion]:
         request.state.num_rows = len(samples)
@@ -110,7 +111,7 @@ def build_app(
             raise HTTPException(
                 404, f"model {info.name} carries no SteerLM format; it was not trained by scripts/train_gpt_sft.py"
             )
-        return _json(info.format.to_dict())
+        return _json({**info.format.to_dict(), "identity": info.identity})
 
     app = Starlette(
         routes=[

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
@@ -25,6 +26,21 @@ _T = TypeVar("_T")
 
 class RequestRefusedError(ServerError):
     """The server answered 4xx: this request will never succeed."""
+
+
+class UnreachableError(ServerError):
+    """Nobody answers at this address, or a server that says it is ending (503)."""
+
+
+@dataclass(frozen=True)
+class ServedLine:
+    """A full attribute line, how many of its values overrule the model's own, illegal, first choice, and how sure the
+    model was: per key that was not given `probabilities` of the legal values, `expected` (None for lang), `confidence`
+    and `logprob`; None from a server that does not tell."""
+
+    text: str
+    num_overruled: int
+    beliefs: dict[str, dict[str, Any]] | None
 
 
 class Generation:
@@ -51,6 +67,9 @@ class ServerClient:
         self.where = f"http://{host}:{port}"
         self.num_requests = 0
         self.num_retries = 0  # retries made so far
+        self.identity: str | None = (
+            None  # of the served model, once `format` has asked; None where the server is silent
+        )
         self._retries = retries
         self._http = httpx.Client(
             base_url=self.where,
@@ -72,29 +91,44 @@ class ServerClient:
             lambda: Generation(sentences, self._json("PUT", "/generate", body), self.where), self._retries
         )
 
-    def attribute_lines(self, prompts: Sequence[str]) -> list[tuple[str, int]] | None:
-        """A full line per prompt, and how many of its values overrule the model's own, illegal, first choice.
+    def attribute_lines(
+        self, prompts: Sequence[str], given: Sequence[Mapping[str, str | int]] | None = None
+    ) -> list[ServedLine] | None:
+        """A full line per prompt. `given` are the values that are known of each line.
 
         None where the server does not have this call, as NeMo's own.
 
         Raises:
             RequestRefusedError, ServerError: as `generate`.
+            InputError: another model answers than the one whose `format` was asked for.
         """
+        body: dict[str, Any] = {"prompts": list(prompts)}
+        if given is not None and any(given):
+            body["given"] = [dict(known) for known in given]
 
-        def ask() -> list[tuple[str, int]] | None:
-            response = self._send("POST", "/v1/attribute_lines", {"prompts": list(prompts)})
+        def ask() -> list[ServedLine] | None:
+            response = self._send("POST", "/v1/attribute_lines", body)
             if response.status_code == httpx.codes.NOT_FOUND:
                 return None
             answer = self._content(response)
             try:
-                return list(zip(answer["lines"], answer["num_overruled"], strict=True))
-            except (KeyError, TypeError, ValueError) as err:
+                model = answer.get("model") or None
+                beliefs = answer.get("attributes") or [None] * len(prompts)
+                found = [
+                    ServedLine(*row) for row in zip(answer["lines"], answer["num_overruled"], beliefs, strict=True)
+                ]
+            except (AttributeError, KeyError, TypeError, ValueError) as err:
                 raise ServerError(f"{self.where}/v1/attribute_lines answered something else: {answer!r:.200}") from err
+            if len(found) != len(prompts):
+                raise ServerError(f"{self.where} answered {len(found)} lines for {len(prompts)} prompts")
+            if model is not None and self.identity is not None and model != self.identity:
+                raise InputError(
+                    f"{self.where} served model {self.identity} when this run began and serves {model} now. One file "
+                    "is graded by one model: serve the first again and run the same command."
+                )
+            return found
 
-        found = self._with_retries(ask, self._retries)
-        if found is not None and len(found) != len(prompts):
-            raise ServerError(f"{self.where} answered {len(found)} lines for {len(prompts)} prompts")
-        return found
+        return self._with_retries(ask, self._retries)
 
     def is_ready(self) -> bool:
         """Does GET /health answer now? One try."""
@@ -106,6 +140,8 @@ class ServerClient:
     def format(self) -> SteerLMFormat | None:
         """The served model's template and schema; None if its checkpoint has none, or the server does not know.
 
+        Sets `identity`, too.
+
         Raises:
             ServerError: the server cannot be reached.
         """
@@ -113,25 +149,16 @@ class ServerClient:
         response = self._with_retries(lambda: self._send("GET", "/v1/attributes"), min(self._retries, 2))
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
+        content = self._content(response)
         try:
-            return SteerLMFormat.from_dict(self._content(response))
+            self.identity = (content.get("identity") or None) if isinstance(content, dict) else None
+            return SteerLMFormat.from_dict(content)
         except FormatMismatchError as err:
             raise ServerError(f"{self.where}/v1/attributes did not answer with a SteerLM format: {err}") from err
 
     def require_format(self, record_type: str) -> SteerLMFormat:
         """As `format`, but only for a model of this type. Raises InputError naming what is served instead."""
-        served = self.format()
-        if served is None:
-            raise InputError(
-                f"the model at {self.where} carries no template and attributes: it is not a SteerLM checkpoint. "
-                "Serve a .nemo made by scripts/train_gpt_sft.py."
-            )
-        if served.record_type != record_type:
-            raise InputError(
-                f"the model at {self.where} was trained for {served.record_type}, but this needs {record_type}. "
-                f"{_WHAT_TO_SERVE[record_type]}"
-            )
-        return served
+        return require_type(self.format(), record_type, self.where)
 
     def _with_retries(self, send: Callable[[], _T], retries: int) -> _T:
         attempt = 0
@@ -159,8 +186,8 @@ class ServerClient:
             self.num_requests += 1
         try:
             response = self._http.request(method, path, json=body)
-        except httpx.ConnectError as err:
-            raise ServerError(
+        except (httpx.ConnectError, httpx.ConnectTimeout) as err:
+            raise UnreachableError(
                 f"no server answers at {self.where} ({err}). Start it, or give its host and port."
             ) from err
         except httpx.TimeoutException as err:
@@ -170,6 +197,8 @@ class ServerClient:
             ) from err
         except httpx.HTTPError as err:
             raise ServerError(f"{self.where}{path}: the connection broke ({err or type(err).__name__})") from err
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise UnreachableError(f"{self.where}{path} answered 503: {_message(response)}")
         if response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS:
             raise ServerError(f"{self.where}{path} answered {response.status_code}: {_message(response)}")
         return response
@@ -184,6 +213,21 @@ class ServerClient:
             raise ServerError(
                 f"{self.where}{path} answered something that is not JSON: {response.text[:200]!r}"
             ) from err
+
+
+def require_type(served: SteerLMFormat | None, record_type: str, where: str) -> SteerLMFormat:
+    """The format, if it is of a model of this type. Raises InputError naming what is served instead."""
+    if served is None:
+        raise InputError(
+            f"the model at {where} carries no template and attributes: it is not a SteerLM checkpoint. "
+            "Serve a .nemo made by scripts/train_gpt_sft.py."
+        )
+    if served.record_type != record_type:
+        raise InputError(
+            f"the model at {where} was trained for {served.record_type}, but this needs {record_type}. "
+            f"{_WHAT_TO_SERVE[record_type]}"
+        )
+    return served
 
 
 _WHAT_TO_SERVE = {

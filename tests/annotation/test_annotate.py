@@ -14,22 +14,17 @@ import tiny_world
 from hf_engine import HFEngine
 
 from steerlm_nemo.annotation.annotate import AnnotationSettings, annotate, labelled
+from steerlm_nemo.annotation.servers import ServerPool
 from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.errors import IncompleteError, InputError
-from steerlm_nemo.serving.client import ServerClient
 from steerlm_nemo.serving.sampling import Failed
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "attribute_annotate.py"
 
 
-def run(source, output, port, settings=None, *, retries=2, timeout_s=30.0, **options):
-    return annotate(
-        source,
-        output,
-        ServerClient("127.0.0.1", port, timeout_s, retries),
-        settings or AnnotationSettings(),
-        **options,
-    )
+def run(source, output, port, settings=None, *, retries=2, timeout_s=30.0, concurrency=8, **options):
+    servers = ServerPool([("127.0.0.1", port)], timeout_s, retries, concurrency)
+    return annotate(source, output, servers, settings or AnnotationSettings(), **options)
 
 
 def lines_of(path):
@@ -59,9 +54,11 @@ def test_every_assistant_turn_is_graded_in_input_order(value_port, chat_file, tm
     summary = run(source, tmp_path / "out.jsonl", value_port, batch_size=batch_size, concurrency=concurrency)
     text = (tmp_path / "out.jsonl").read_text()
     assert text == "".join(json.dumps(expected(record), ensure_ascii=False) + "\n" for record in records)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]  # nothing left lying around
+    left = ["in.jsonl", "out.jsonl", "out.jsonl.comparison.html", "out.jsonl.comparison.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left  # nothing else lies around
     assert summary.num_records == 23
-    assert {key: found.exact for key, found in summary.agreement.items()} == {"quality": 1, "humor": 1, "lang": 1}
+    compared = json.loads((tmp_path / "out.jsonl.comparison.json").read_text())["attributes"]
+    assert {key: found["exact_match"] for key, found in compared.items()} == {"quality": 1, "humor": 1, "lang": 1}
     assert "23 records annotated" in summary.text()
 
 
@@ -74,9 +71,9 @@ def test_labels_that_disagree_show_in_the_closing_comparison(value_port, chat_fi
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     summary = run(source, tmp_path / "out.jsonl", value_port)
     truth = [tiny_world.reading(t["value"]) for r in records for t in r["conversations"] if t["from"] == "Assistant"]
-    quality = summary.agreement["quality"]
+    quality = summary.comparison.gradings()["quality"]
     assert quality.num_turns == len(truth)
-    assert quality.exact == pytest.approx(sum(t["quality"] == 0 for t in truth) / len(truth))
+    assert quality.exact_match == pytest.approx(sum(t["quality"] == 0 for t in truth) / len(truth))
     assert quality.mae == pytest.approx(sum(t["quality"] for t in truth) / len(truth))
 
 
