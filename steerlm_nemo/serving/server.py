@@ -34,7 +34,8 @@ def open_listener(port: int, host: str = LOOPBACK) -> socket.socket:
         raise InputError(f"port {port} is not a port; use 1 to 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # Named TCP, or asyncio would not switch Nagle's algorithm off, and every answer would wait 40 ms for an ACK.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         # Lets a restarted server have its port back at once; a port with a listener is refused all the same.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -306,6 +306,12 @@ def test_the_log_has_method_path_status_and_rows_but_never_a_body(engine, caplog
     assert "hunter2" not in " ".join(lines)
 
 
+def test_answers_do_not_wait_for_acknowledgements():
+    """asyncio switches Nagle's algorithm off for connections whose listener names TCP only."""
+    with open_listener(0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_a_taken_port_is_named_before_anything_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
