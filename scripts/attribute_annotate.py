@@ -73,15 +73,15 @@ def main() -> None:
         compat=args.compat is not None,
     )
     addresses = parse_endpoints(args.endpoints) if args.endpoints else [(args.host, args.port_num)]
-    servers = ServerPool(addresses, args.timeout_s, args.retries, args.concurrency)
-    summary = annotate(
-        args.input_file_name,
-        args.output_file_name,
-        servers,
-        settings,
-        batch_size=args.batch_size,
-        allow_rejected=args.allow_rejected,
-    )
+    with ServerPool(addresses, args.timeout_s, args.retries, args.concurrency) as servers:
+        summary = annotate(
+            args.input_file_name,
+            args.output_file_name,
+            servers,
+            settings,
+            batch_size=args.batch_size,
+            allow_rejected=args.allow_rejected,
+        )
     print(summary.text())
     print(f"{args.output_file_name} written; {servers.num_requests} requests, {servers.num_retries} of them retries")
     if summary.num_records == 0:

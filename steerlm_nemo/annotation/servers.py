@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from steerlm_nemo.errors import FormatMismatchError, InputError, ServerError
-from steerlm_nemo.serving import client as retry_pauses
+from steerlm_nemo.serving import client as pauses
 from steerlm_nemo.serving.client import (
     Generation,
     RequestRefusedError,
@@ -64,6 +64,13 @@ class ServerPool:
         if len(set(self.addresses)) < len(self.addresses):
             raise InputError(f"--endpoints names a server twice: {self.where}")
         self._servers = [_Server(ServerClient(host, port, self.timeout_s, 0)) for host, port in self.addresses]
+
+    def __enter__(self) -> ServerPool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for server in self._servers:
+            server.client.close()
 
     @property
     def where(self) -> str:
@@ -215,7 +222,7 @@ class ServerPool:
 def _pause_s(attempt: int) -> float:
     """Growing, and spread out: or all the threads that failed together would come back together."""
     # Looked up at each call: tests shorten them.
-    pause_s = min(retry_pauses.FIRST_PAUSE_S * 2**attempt, retry_pauses.LONGEST_PAUSE_S)
+    pause_s = min(pauses.FIRST_PAUSE_S * 2**attempt, pauses.LONGEST_PAUSE_S)
     return pause_s * random.uniform(0.5, 1.0)
 
 

@@ -160,6 +160,9 @@ class ServerClient:
         """As `format`, but only for a model of this type. Raises InputError naming what is served instead."""
         return require_type(self.format(), record_type, self.where)
 
+    def close(self) -> None:
+        self._http.close()
+
     def _with_retries(self, send: Callable[[], _T], retries: int) -> _T:
         attempt = 0
         while True:

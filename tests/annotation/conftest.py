@@ -27,3 +27,9 @@ def chat_file(tmp_path):
         return path, records
 
     return make
+
+
+@pytest.fixture
+def fast_retries(monkeypatch):
+    monkeypatch.setattr("steerlm_nemo.serving.client.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("steerlm_nemo.serving.client.LONGEST_PAUSE_S", 0.2)

@@ -1,4 +1,6 @@
-"""`python stub_server.py PORT [IDENTITY]`: a value model that is a checksum, behind the calls the annotator makes.
+"""A value model that is a checksum, behind the calls the annotator makes.
+
+`python stub_server.py PORT SHARE LOG` answers a share of the model calls with a fault, and notes each fault in LOG.
 
 The value after a text is a checksum of that text, so a single byte of a prompt, a history label or an order that is
 wrong shows in the labels. It needs no model and starts at once, so it can be killed often and answers in no time.
@@ -8,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
+import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,6 +25,7 @@ from starlette.routing import Route
 from steerlm_nemo.attributes import NEMO12_LANG, AttributeSchema
 from steerlm_nemo.template import EXTRA_ID_TEMPLATE, SteerLMFormat
 
+CLIENT_TIMEOUT_S = 1.0  # of the tests that run behind faults
 FORMAT = SteerLMFormat(EXTRA_ID_TEMPLATE, NEMO12_LANG, "TEXT_TO_VALUE")
 
 
@@ -50,16 +56,33 @@ def line(prompt: str, given: dict[str, Any], schema: AttributeSchema = NEMO12_LA
     return text, beliefs
 
 
-def build_stub(identity: str = "stub-1", served: SteerLMFormat = FORMAT, *, only_generate: bool = False) -> Starlette:
-    """`only_generate`: as NeMo's own server, which has no other call and tells nothing."""
+def build_stub(
+    identity: str = "stub-1",
+    served: SteerLMFormat = FORMAT,
+    *,
+    only_generate: bool = False,
+    pause_s: float = 0.0,
+    dies_after: int | None = None,
+) -> Starlette:
+    """`only_generate`: as NeMo's own server, which has no other call and tells nothing. `dies_after`: answers 503 to
+    everything after so many model calls."""
     asked: list[Any] = []
+
+    def is_dead() -> bool:
+        return dies_after is not None and len(asked) >= dies_after
+
+    def gone() -> Response:
+        return JSONResponse({"message": "the server is ending"}, 503)
+
     largest = {"now": 0, "most": 0}
 
     async def attribute_lines(request: Request) -> Response:
+        if is_dead():
+            return gone()
         body = await request.json()
         largest["now"] += 1
         largest["most"] = max(largest["most"], largest["now"])
-        await asyncio.sleep(0)
+        await asyncio.sleep(pause_s)
         given = body.get("given") or [{}] * len(body["prompts"])
         asked.extend(zip(body["prompts"], given, strict=True))
         found = [line(p, known or {}, served.schema) for p, known in zip(body["prompts"], given, strict=True)]
@@ -69,7 +92,7 @@ def build_stub(identity: str = "stub-1", served: SteerLMFormat = FORMAT, *, only
                 "lines": [text for text, _ in found],
                 "num_overruled": [0] * len(found),
                 "attributes": [beliefs for _, beliefs in found],
-                "model": identity,
+                "model": app.state.identity,
             }
         )
 
@@ -83,10 +106,10 @@ def build_stub(identity: str = "stub-1", served: SteerLMFormat = FORMAT, *, only
         return JSONResponse({"sentences": sentences})
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"ready": True})
+        return gone() if is_dead() else JSONResponse({"ready": True})
 
     async def format_(request: Request) -> Response:
-        return JSONResponse({**served.to_dict(), "identity": identity})
+        return gone() if is_dead() else JSONResponse({**served.to_dict(), "identity": app.state.identity})
 
     routes = [Route("/generate", generate, methods=["PUT"]), Route("/health", health)]
     if not only_generate:
@@ -95,11 +118,59 @@ def build_stub(identity: str = "stub-1", served: SteerLMFormat = FORMAT, *, only
             Route("/v1/attributes", format_),
         ]
     app = Starlette(routes=routes)
-    app.state.asked, app.state.largest = asked, largest
+    app.state.identity, app.state.asked, app.state.largest = identity, asked, largest
     return app
 
 
-if __name__ == "__main__":
+class Faults:
+    """Middleware: answers that really come from networks and servers in trouble, instead of the right one."""
+
+    KINDS = ("500", "502 html", "cut json", "broken connection", "timeout", "other json")
+
+    def __init__(self, app: Any, share: float, log: Path) -> None:
+        self._app, self._share, self._log = app, share, log
+        self._chance = random.Random(time.time_ns())  # a server that was killed must not repeat its faults
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("path") != "/v1/attribute_lines" or self._chance.random() >= self._share:
+            await self._app(scope, receive, send)
+            return
+        kind = self._chance.choice(self.KINDS)
+        with self._log.open("a") as file:
+            file.write(kind + "\n")
+        parts: list[Any] = []
+
+        async def collect(message: Any) -> None:
+            parts.append(message)
+
+        await self._app(scope, receive, collect)
+        answer = b"".join(part.get("body", b"") for part in parts)
+        status, kept = 200, answer
+        if kind == "500":
+            status, kept = 500, b'{"message": "Internal Server Error"}'
+        elif kind == "502 html":
+            status, kept = 502, b"<html>Bad Gateway</html>"
+        elif kind == "cut json":
+            kept = answer[: len(answer) // 2]
+        elif kind == "other json":
+            kept = b'{"lines": []}'
+        elif kind == "timeout":
+            await asyncio.sleep(CLIENT_TIMEOUT_S * 1.5)
+        promised = len(answer) if kind == "broken connection" else len(kept)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(promised).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        if kind == "broken connection":
+            await send({"type": "http.response.body", "body": answer[:10], "more_body": True})
+            raise ConnectionResetError
+        await send({"type": "http.response.body", "body": kept})
+
+
+def main() -> None:
     import uvicorn
 
-    uvicorn.run(build_stub(*sys.argv[2:]), host="127.0.0.1", port=int(sys.argv[1]), log_level="critical")
+    port, share, log = int(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
+    uvicorn.run(Faults(build_stub(), share, log), host="127.0.0.1", port=port, log_level="critical")
+
+
+if __name__ == "__main__":
+    main()

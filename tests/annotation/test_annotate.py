@@ -23,8 +23,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "attribute_annotate.py"
 
 
 def run(source, output, port, settings=None, *, retries=2, timeout_s=30.0, concurrency=8, **options):
-    servers = ServerPool([("127.0.0.1", port)], timeout_s, retries, concurrency)
-    return annotate(source, output, servers, settings or AnnotationSettings(), **options)
+    with ServerPool([("127.0.0.1", port)], timeout_s, retries, concurrency) as servers:
+        return annotate(source, output, servers, settings or AnnotationSettings(), **options)
 
 
 def lines_of(path):
@@ -40,12 +40,6 @@ def expected(record, **changes):
             turn = {**turn, "label": line, "gt_label": turn["label"]}
         turns.append(turn)
     return {**record, "conversations": turns, **changes}
-
-
-@pytest.fixture
-def fast_retries(monkeypatch):
-    monkeypatch.setattr("steerlm_nemo.serving.client.FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr("steerlm_nemo.serving.client.LONGEST_PAUSE_S", 0.2)
 
 
 @pytest.mark.parametrize(("batch_size", "concurrency"), [(1, 1), (1, 8), (5, 3)])
