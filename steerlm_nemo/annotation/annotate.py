@@ -81,7 +81,8 @@ class AnnotationSettings:
 class Summary:
     """What a finished run did.
 
-    counts: turns found `by_line` and `by_slots`; `slots` asked; values `chosen` for the model and `given` by people.
+    counts: turns found `by_line` and `by_slots`; `slots` asked; values `chosen` for the model, `given` by people, and
+        given but `unknown` to the model.
     comparison: with the human labels of graded turns; empty where these were kept.
     """
 
@@ -103,6 +104,8 @@ class Summary:
                 f"the rejected ones are in {self.rejects_path}"
             )
         given = f"; {c['given']} human values kept" if c["given"] else ""
+        if c["unknown"]:
+            given += f"; {c['unknown']} human values are of attributes the model does not know: in gt_label only"
         lines += [
             f"{self.num_records} records annotated ({self.num_resumed} of them by an earlier run) in "
             f"{self.seconds:.1f} s; {c['by_line'] + c['by_slots']} turns: {c['by_line']} by whole line, "
@@ -211,6 +214,7 @@ class _Thread:
         if settings.only_missing:
             for index in self.wanted:
                 known = _human(line.record or {}, index).as_dict()
+                self.counts["unknown"] += len(set(known) - set(served.schema.keys()))
                 self.given[index] = {key: known[key] for key in keys if key in known}
                 try:
                     served.schema.order(self.given[index])
@@ -449,8 +453,11 @@ def labelled(
             truth = turn.pop("gt_label", None)
             if beliefs and index in beliefs:
                 turn["label_soft"] = {key: _soft(belief) for key, belief in beliefs[index].items()}
-            if truth is not None or old is not None:
-                turn["gt_label"] = old if truth is None else truth
+            truth = old if truth is None else truth
+            if truth is None and index in grades and settings.only_missing:
+                truth = ""  # nobody said anything: or the next run would take the model's label for a person's
+            if truth is not None:
+                turn["gt_label"] = truth
         turns.append(turn)
     changed = {**record, "conversations": turns}
     if settings.output_type != KEEP:

@@ -61,6 +61,7 @@ def build_stub(
     served: SteerLMFormat = FORMAT,
     *,
     only_generate: bool = False,
+    tells_beliefs: bool = True,
     pause_s: float = 0.0,
     dies_after: int | None = None,
 ) -> Starlette:
@@ -91,7 +92,7 @@ def build_stub(
             {
                 "lines": [text for text, _ in found],
                 "num_overruled": [0] * len(found),
-                "attributes": [beliefs for _, beliefs in found],
+                "attributes": [beliefs for _, beliefs in found] if tells_beliefs else None,
                 "model": app.state.identity,
             }
         )
