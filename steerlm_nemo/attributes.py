@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from steerlm_nemo.errors import FormatMismatchError, InputError
@@ -34,6 +35,7 @@ class Attributes:
     items: tuple[tuple[str, int | str], ...]
 
     @classmethod
+    @lru_cache(maxsize=4096)  # a data set has few different lines
     def parse(cls, line: str) -> Attributes:
         """Read `key:int,...[,lang:xx]`. Raises ValueError saying which item is malformed."""
         if line == "":

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 from steerlm_nemo.attributes import AttributeSchema, digest_of
 from steerlm_nemo.conversation import TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, Turn
@@ -23,8 +24,7 @@ SYSTEM_ROLE = "System"
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of rendered text. `turn` is -1 for the system header; `in_loss` means every token is a target."""
 
     text: str
@@ -79,13 +79,15 @@ class ChatTemplate:
 
         Repeats until none is left: removing one marker can make the text around it form another.
         """
-        pattern = re.compile("|".join(re.escape(marker) for marker in self.markers))
         removed = 0
-        while True:
-            text, count = pattern.subn("", text)
-            if count == 0:
-                return text, removed
+        while self._any_marker.search(text):
+            text, count = self._any_marker.subn("", text)
             removed += count
+        return text, removed
+
+    @cached_property
+    def _any_marker(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(marker) for marker in self.markers))
 
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
         """The rendered conversation, piece by piece, with the loss rules of the reference (NeMo v1.22+).
@@ -137,7 +139,7 @@ class ChatTemplate:
             encode = tokenizer.encode_continuation if token_ids else tokenizer.encode
             ids = encode(segment.text)
             token_ids += ids
-            loss_mask += [int(segment.in_loss)] * len(ids)
+            loss_mask += (_TARGET if segment.in_loss else _NO_TARGET) * len(ids)
         return Rendered(tuple(token_ids), tuple(loss_mask), self.num_markers_in_content(conversation))
 
     def annotation_prompt(self, conversation: Conversation, turn: int) -> str:
@@ -212,6 +214,7 @@ class ChatTemplate:
         return cls(**decoded)
 
 
+_TARGET, _NO_TARGET = (1,), (0,)
 _BEFORE_LABEL = ("turn_start", "name", "text")
 
 # What NeMo's own data_clean, annotator and tutorial client assume of every model.

@@ -6,6 +6,8 @@ SentencePiece puts a dummy space in front of a text. Inside a conversation only 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +24,25 @@ class SentencePieceTokenizer:
         self._start = _load_sentencepiece(path)
         self._continuation = _load_sentencepiece(path)
         self._continuation.override_normalizer_spec(add_dummy_prefix=False)
+        self._encode_continuation: Callable[[str], list[int]] = self._continuation.encode
+        self._encode: Callable[[str], list[int]] = self._start.encode
+        if _words_stand_alone(self._start):
+            by_word = self._encode_continuation = _WordByWord(self._continuation.encode)
+            self._encode = lambda text: by_word(" " + text) if text else []
         self.path = str(path)
         self.bos_id: int = self._start.bos_id()
         self.eos_id: int = self._start.eos_id()
         self.vocab_size: int = self._start.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
-        return self._start.encode(text)
+        return self._encode(text)
 
     def encode_continuation(self, text: str) -> list[int]:
-        return self._continuation.encode(text)
+        return self._encode_continuation(text)
+
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[str]]:
+        # A pickled processor forgets that it puts no dummy space; worker processes load the file again.
+        return SentencePieceTokenizer, (self.path,)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of the ids; control pieces such as EOS decode to nothing."""
@@ -39,6 +50,55 @@ class SentencePieceTokenizer:
 
     def id_to_piece(self, token_id: int) -> str:
         return self._start.id_to_piece(token_id) if token_id < self.vocab_size else f"<padding {token_id}>"
+
+
+class _WordByWord:
+    """Ids of a text put together from those of its words, each asked for once.
+
+    Exact where `_words_stand_alone`. SentencePiece's BPE takes some 0.4 ms per 1,000 characters, a look-up 0.1 ms.
+    """
+
+    MOST_WORDS = 1 << 16  # some 20 MB
+    LONGEST_WORD = 64  # characters; longer ones are hardly seen twice
+
+    _split = re.compile("\n+|[ \u2581]*[^ \u2581\n]+|[ \u2581]+").findall
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        self._encode = encode
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        known, ids = self._known, []
+        for word in self._split(text):
+            word_ids = known.get(word)
+            if word_ids is None:
+                word_ids = self._encode(word)
+                if len(word) <= self.LONGEST_WORD:
+                    if len(known) >= self.MOST_WORDS:
+                        known.clear()
+                    known[word] = word_ids
+            ids += word_ids
+        return ids
+
+
+def _words_stand_alone(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether no piece spans two words, and nothing else makes the ids of a word depend on its neighbours.
+
+    BPE joins neighbours only into pieces of the vocabulary. So where no piece has a space after another character, or
+    a line end beside another character, a text falls apart there (as with Llama 2). Other models are asked for whole
+    texts: unigram models weigh a text as a whole, normalisation may look across, unknown characters may be joined.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    is_plain_bpe = (
+        trainer.model_type == trainer.BPE and trainer.byte_fallback and not trainer.treat_whitespace_as_suffix
+    )
+    keeps_text = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
+    keeps_text = keeps_text and normalizer.escape_whitespaces and normalizer.add_dummy_prefix
+    spans_words = re.compile("[^ \u2581][ \u2581]|[^\n]\n|\n[^\n]").search
+    return is_plain_bpe and keeps_text and not any(spans_words(piece.piece) for piece in model.pieces)
 
 
 class HuggingFaceTokenizer:
@@ -58,6 +118,7 @@ class HuggingFaceTokenizer:
         if extra_special_tokens:
             self._tokenizer.add_special_tokens({"additional_special_tokens": list(extra_special_tokens)})
         self.path = str(name_or_path)
+        self._extra_special_tokens = extra_special_tokens
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.eos_id: int = self._tokenizer.eos_token_id
         self.vocab_size: int = len(self._tokenizer)
@@ -66,6 +127,9 @@ class HuggingFaceTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     encode_continuation = encode
+
+    def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[str, tuple[str, ...]]]:
+        return HuggingFaceTokenizer, (self.path, self._extra_special_tokens)
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -46,25 +48,33 @@ def llama2_model(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model of Llama 2's kind (BPE, byte fallback, dummy space, no normalisation), 400 pieces."""
+def train_sentencepiece() -> Callable[..., Path]:
+    """Trains a SentencePiece model of Llama 2's kind, but for the options given, and writes it to a path."""
     import sentencepiece
 
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(model.getvalue())
-    return path
+    def train(path: Path, **options: Any) -> Path:
+        model = io.BytesIO()
+        settings = {
+            "model_type": "bpe",
+            "vocab_size": 400,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "hard_vocab_limit": False,
+            "minloglevel": 2,
+            **options,
+        }
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_writer=model, **settings)
+        path.write_bytes(model.getvalue())
+        return path
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def small_model(train_sentencepiece: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of Llama 2's kind (BPE, byte fallback, dummy space, no normalisation), 400 pieces."""
+    return train_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")

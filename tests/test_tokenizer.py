@@ -1,11 +1,25 @@
+import pickle
+from functools import cache
+
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steerlm_nemo.errors import InputError
-from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from steerlm_nemo.records import read_records
+from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, _WordByWord
 
 TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\u2581"))
+
+llama2_tokenizer = cache(SentencePieceTokenizer)
+
+
+@cache
+def plain_processors(path):
+    start, continuation = (sentencepiece.SentencePieceProcessor(model_file=str(path)) for _ in range(2))
+    continuation.override_normalizer_spec(add_dummy_prefix=False)
+    return start, continuation
 
 
 def test_only_the_start_of_a_text_gets_the_dummy_space(small_tokenizer):
@@ -32,6 +46,70 @@ def test_neither_bos_nor_eos_is_added(small_model, text):
     tokenizer = SentencePieceTokenizer(small_model)
     for ids in (tokenizer.encode(text), tokenizer.encode_continuation(text)):
         assert not {tokenizer.bos_id, tokenizer.eos_id} & {*ids}
+
+
+# Where two spaces, a literal ▁ or a line end meet a word is where putting a text together from words could go wrong.
+KNOTTY = st.lists(st.sampled_from([" ", "  ", "\n", "\n\n", "\u2581", "a", "the", "é", "日本", "🙂", "\x12", "\t"]))
+
+
+@given(st.text(st.characters(blacklist_categories=("Cs",))) | KNOTTY.map("".join))
+def test_ids_are_those_sentencepiece_gives_the_whole_text(llama2_model, text):
+    tokenizer = llama2_tokenizer(llama2_model)
+    assert isinstance(tokenizer._encode_continuation, _WordByWord)
+    start, continuation = plain_processors(llama2_model)
+    assert tokenizer.encode(text) == start.encode(text)
+    assert tokenizer.encode_continuation(text) == continuation.encode(text)
+
+
+def test_ids_of_genuine_texts_are_those_sentencepiece_gives(llama2_model, shared_data):
+    start, continuation = plain_processors(llama2_model)
+    tokenizer = llama2_tokenizer(llama2_model)
+    trees = [record["prompt"] for _, record in read_records(shared_data / "oasst2-animals-trees" / "trees.jsonl.gz")]
+    texts = [text for tree in trees for text in texts_of(tree)]
+    assert len(texts) > 600
+    for text in texts:
+        assert tokenizer.encode(text) == start.encode(text)
+        assert tokenizer.encode_continuation(text) == continuation.encode(text)
+
+
+def texts_of(message):
+    yield message["text"]
+    for reply in message["replies"]:
+        yield from texts_of(reply)
+
+
+@pytest.mark.parametrize(
+    ("why", "options"),
+    [
+        ("weighs a text as a whole", {"model_type": "unigram"}),
+        ("normalises", {"normalization_rule_name": "nmt_nfkc"}),
+        ("drops spaces", {"remove_extra_whitespaces": True}),
+        ("joins unknown characters", {"byte_fallback": False}),
+        ("has pieces of several words", {"user_defined_symbols": ["of France"]}),
+    ],
+)
+def test_a_model_whose_words_do_not_stand_alone_is_asked_for_whole_texts(tmp_path, train_sentencepiece, why, options):
+    path = train_sentencepiece(tmp_path / "tokenizer.model", **options)
+    tokenizer = SentencePieceTokenizer(path)
+    assert not isinstance(tokenizer._encode_continuation, _WordByWord), why
+    text = "What is the  capital of France? ☃☃"
+    assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text)
+
+
+def test_the_memory_for_words_is_bounded(small_model, monkeypatch):
+    monkeypatch.setattr(_WordByWord, "MOST_WORDS", 100)
+    tokenizer = SentencePieceTokenizer(small_model)
+    for number in range(1000):
+        tokenizer.encode(f"{number} {'x' * number}")
+    words = tokenizer._encode_continuation._known
+    assert 0 < len(words) <= 100
+    assert max(map(len, words)) <= _WordByWord.LONGEST_WORD
+
+
+def test_a_tokenizer_that_is_sent_to_another_process_is_the_same(small_model):
+    tokenizer = SentencePieceTokenizer(small_model)
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    assert sent.encode_continuation("Paris") == tokenizer.encode_continuation("Paris") != tokenizer.encode("Paris")
 
 
 def test_padding_and_end_of_text_decode_to_nothing(small_tokenizer):
