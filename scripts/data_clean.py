@@ -36,6 +36,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="cut off trailing turns that do not fit whole, down to the first target",
     )
+    add("num_workers", type=int, default=1, help="processes that do the work; the output does not depend on it")
     add("report", help="JSON file for the counts")
     add("strict", action="store_true", help="stop at the first unusable record")
     add("compat", choices=("nemo1.23",), help="markers <extra_id_0/1/2> and standard output as NeMo's")
@@ -48,15 +49,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from steerlm_nemo.records import Accounting, require_file
 
     require_file(args.dataset_file)
-    if args.seq_len < 1:
-        raise InputError(f"--seq_len is {args.seq_len}; it must be 1 or more")
+    for flag in ("seq_len", "num_workers"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag} is {getattr(args, flag)}; it must be 1 or more")
     template = choose_template(args)
     cleaner = Cleaner(template, load_tokenizer(args, template), args.seq_len, args.trim_turns)
     records = Accounting.beside(args.output_file, strict=args.strict)
-    if args.compat:
-        findings = clean_file(args.dataset_file, args.output_file, cleaner, records, args.report, print_as_nemo)
-    else:
-        findings = clean_file(args.dataset_file, args.output_file, cleaner, records, args.report)
+    on_record = print_as_nemo if args.compat else lambda index, reason: None
+    findings = clean_file(
+        args.dataset_file, args.output_file, cleaner, records, args.report, on_record, args.num_workers
+    )
     print(f"records: {records.summary()}\n{findings.summary()}", file=sys.stderr if args.compat else sys.stdout)
 
 

@@ -83,6 +83,15 @@ class Conversation:
         turns = tuple(_turn(raw, f"{ref} turn {index}") for index, raw in enumerate(turns_raw))
         return cls(system, turns, ref, record_type, tuple(role.strip() for role in mask.split(",")))
 
+    def require_unicode(self) -> None:
+        """Raise RecordError if a text holds a lone surrogate: neither UTF-8 nor a tokenizer can carry it."""
+        for turn in (Turn("", self.system), *self.turns):
+            line = turn.attributes.line if turn.attributes is not None else ""
+            try:
+                "".join((turn.role, turn.text, line)).encode("utf-8")
+            except UnicodeEncodeError as err:
+                raise RecordError(f"{self.ref}: lone surrogate: a text holds {err.object[err.start]!r}") from err
+
 
 def _turn(raw: Any, where: str) -> Turn:
     if not isinstance(raw, Mapping):

@@ -51,6 +51,11 @@ def read_lines(path: str | Path) -> Iterator[RawLine]:
     Raises:
         InputError: no such file, a directory, or a compressed stream that is damaged or cut off.
     """
+    return (parse_line(ref, raw) for ref, raw in read_raw_lines(path))
+
+
+def read_raw_lines(path: str | Path) -> Iterator[tuple[RecordRef, bytes]]:
+    """As `read_lines`, not parsed."""
     path = require_file(path)
     line_number = 0
     try:
@@ -60,7 +65,7 @@ def read_lines(path: str | Path) -> Iterator[RawLine]:
                 if line_number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
-                    yield parse_line(RecordRef(str(path), line_number), raw)
+                    yield RecordRef(str(path), line_number), raw
     except DAMAGED as err:
         kind = compression(path)
         raise InputError(f"{path}: damaged {kind} data after line {line_number}: {err}. Fetch the file again.") from err

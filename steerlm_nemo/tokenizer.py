@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 class SentencePieceTokenizer:
     """A SentencePiece model, with BOS and EOS never added (NeMo's non-legacy sentencepiece tokenizer)."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._start = _load_sentencepiece(path)
-        self._continuation = _load_sentencepiece(path)
+    def __init__(self, path: str | Path, model: bytes | None = None) -> None:
+        """`model` is the content of the file, where that is at hand."""
+        self._model = _read_model(path) if model is None else model
+        self._start = _load_sentencepiece(path, self._model)
+        self._continuation = _load_sentencepiece(path, self._model)
         self._continuation.override_normalizer_spec(add_dummy_prefix=False)
         self._encode_continuation: Callable[[str], list[int]] = self._continuation.encode
         self._encode: Callable[[str], list[int]] = self._start.encode
-        if _words_stand_alone(self._start):
+        if _words_stand_alone(self._model):
             by_word = self._encode_continuation = _WordByWord(self._continuation.encode)
             self._encode = lambda text: by_word(" " + text) if text else []
         self.path = str(path)
@@ -40,9 +42,10 @@ class SentencePieceTokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         return self._encode_continuation(text)
 
-    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[str]]:
-        # A pickled processor forgets that it puts no dummy space; worker processes load the file again.
-        return SentencePieceTokenizer, (self.path,)
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[str, bytes]]:
+        # A pickled processor forgets that it puts no dummy space. The file may be gone: a .nemo is unpacked to a
+        # folder for a while only.
+        return SentencePieceTokenizer, (self.path, self._model)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of the ids; control pieces such as EOS decode to nothing."""
@@ -81,7 +84,7 @@ class _WordByWord:
         return ids
 
 
-def _words_stand_alone(processor: sentencepiece.SentencePieceProcessor) -> bool:
+def _words_stand_alone(model_file: bytes) -> bool:
     """Whether no piece spans two words, and nothing else makes the ids of a word depend on its neighbours.
 
     BPE joins neighbours only into pieces of the vocabulary. So where no piece has a space after another character, or
@@ -90,7 +93,7 @@ def _words_stand_alone(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    model = sentencepiece_model_pb2.ModelProto.FromString(model_file)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     is_plain_bpe = (
         trainer.model_type == trainer.BPE and trainer.byte_fallback and not trainer.treat_whitespace_as_suffix
@@ -118,7 +121,6 @@ class HuggingFaceTokenizer:
         if extra_special_tokens:
             self._tokenizer.add_special_tokens({"additional_special_tokens": list(extra_special_tokens)})
         self.path = str(name_or_path)
-        self._extra_special_tokens = extra_special_tokens
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.eos_id: int = self._tokenizer.eos_token_id
         self.vocab_size: int = len(self._tokenizer)
@@ -128,9 +130,6 @@ class HuggingFaceTokenizer:
 
     encode_continuation = encode
 
-    def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[str, tuple[str, ...]]]:
-        return HuggingFaceTokenizer, (self.path, self._extra_special_tokens)
-
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
@@ -138,12 +137,16 @@ class HuggingFaceTokenizer:
         return self._tokenizer.convert_ids_to_tokens(token_id)
 
 
-def _load_sentencepiece(path: str | Path) -> sentencepiece.SentencePieceProcessor:
-    import sentencepiece
-
+def _read_model(path: str | Path) -> bytes:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such SentencePiece model file")
+    return Path(path).read_bytes()
+
+
+def _load_sentencepiece(path: str | Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
+    import sentencepiece
+
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, UnicodeDecodeError) as err:  # the latter while reporting a damaged piece
         raise InputError(f"{path}: not a SentencePiece model ({err})") from err

@@ -19,9 +19,18 @@ from typing import Any
 import yaml
 
 from steerlm_nemo.checkpoint.archive import read_config
-from steerlm_nemo.conversation import Conversation
+from steerlm_nemo.conversation import Conversation, RecordRef
 from steerlm_nemo.errors import ConfigError, IncompleteError, InputError, RecordError
-from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, read_lines, require_file
+from steerlm_nemo.parallel import in_order
+from steerlm_nemo.records import (
+    Accounting,
+    RawLine,
+    atomic_output,
+    dump_record,
+    parse_line,
+    read_raw_lines,
+    require_file,
+)
 from steerlm_nemo.template import ChatTemplate, Rendered, SteerLMFormat, Tokenizer
 
 # Why a readable record is left out. The first two are exceptions in the reference, the third is its `removed`.
@@ -74,6 +83,19 @@ class Cleaner:
     tokenizer: Tokenizer
     seq_len: int
     trim_turns: bool = False
+
+    def outcome(self, raw_line: tuple[RecordRef, bytes]) -> Outcome:
+        """What becomes of a line as it stands in the file."""
+        line = parse_line(*raw_line)
+        findings = Findings()
+        try:
+            return Outcome(self.clean(line, findings), None, findings)
+        except Dropped as dropped:
+            return Outcome(None, str(dropped), findings)
+        except RecordError as err:
+            reason = str(err).removeprefix(f"{line.ref}: ").removeprefix(f"{line.ref} ")
+            problem = "not a conversation: " if line.problem is None else ""
+            return Outcome(None, problem + reason, findings, *raw_line)
 
     def clean(self, line: RawLine, findings: Findings) -> str:
         """The line to write.
@@ -149,9 +171,26 @@ class Findings:
     num_tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
+    def __iadd__(self, other: Findings) -> Findings:
+        self.num_tokens += other.num_tokens
+        if other.counts:
+            self.counts.update(other.counts)
+        return self
+
     def summary(self) -> str:
         lines = [f"tokens in kept records: {self.num_tokens}"]
         return "\n".join(lines + [f"{what}: {count}" for what, count in self.counts.items()])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The text to write, or the reason why there is none; of an unusable line also where and what it is."""
+
+    text: str | None
+    reason: str | None
+    findings: Findings
+    rejected_ref: RecordRef | None = None
+    rejected_raw: bytes = b""
 
 
 def clean_file(
@@ -161,6 +200,7 @@ def clean_file(
     records: Accounting,
     report: str | Path | None = None,
     on_record: Callable[[int, str | None], None] = lambda index, reason: None,
+    num_workers: int = 1,
 ) -> Findings:
     """Write the records of `dataset_file` that training can learn from, in their order.
 
@@ -168,6 +208,7 @@ def clean_file(
         records: counts each record as written, filtered (with the reason) or rejected.
         report: a JSON file for counts and reasons; written even if nothing is left.
         on_record: called with each record's index and, where it is not written, why.
+        num_workers: processes that do the work; nothing else depends on it.
 
     Raises:
         InputError: an unusable file.
@@ -179,21 +220,18 @@ def clean_file(
     if report is not None and Path(report).is_dir():
         raise InputError(f"--report {report} is a directory; name a file to write")
     findings = Findings()
-    lines = read_lines(dataset_file)
     with records, atomic_output(output_file) as output:
-        for index, line in enumerate(tqdm(lines, desc="Cleaning", unit=" records", file=sys.stderr)):
-            reason = None
-            try:
-                output.write(cleaner.clean(line, findings) + "\n")
+        outcomes = in_order(cleaner.outcome, read_raw_lines(dataset_file), num_workers)
+        for index, outcome in enumerate(tqdm(outcomes, desc="Cleaning", unit=" records", file=sys.stderr)):
+            if outcome.text is not None:
+                output.write(outcome.text + "\n")
                 records.written()
-            except Dropped as dropped:
-                reason = str(dropped)
-                records.filtered(reason)
-            except RecordError as err:
-                reason = str(err).removeprefix(f"{line.ref}: ").removeprefix(f"{line.ref} ")
-                problem = "not a conversation: " if line.problem is None else ""
-                records.rejected(line.ref, problem + reason, line.raw)
-            on_record(index, reason)
+            elif outcome.rejected_ref is None:
+                records.filtered(str(outcome.reason))
+            else:
+                records.rejected(outcome.rejected_ref, str(outcome.reason), outcome.rejected_raw)
+            findings += outcome.findings
+            on_record(index, outcome.reason)
         if report is not None:
             _write_report(report, dataset_file, output_file, cleaner, records, findings)
         if not records.counts["written"]:

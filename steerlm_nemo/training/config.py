@@ -92,6 +92,9 @@ def _problems(cfg: DictConfig, base: Any) -> Iterator[str]:
     for key in ("train_ds", "validation_ds"):
         if not Path(model.data[key].file_path).is_file():
             yield f"model.data.{key}.file_path: no file {model.data[key].file_path}"
+        workers = model.data[key].memmap_workers
+        if workers is not None and (not isinstance(workers, int) or workers < 1):
+            yield f"model.data.{key}.memmap_workers is {workers!r}; it must be a number of processes or null"
     if not model.data.chat:
         yield "model.data.chat is False; this program trains on conversations only"
     if not model.data.train_ds.drop_last:

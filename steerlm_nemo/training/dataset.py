@@ -15,10 +15,13 @@ import torch
 from tqdm import tqdm
 
 from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
-from steerlm_nemo.conversation import Conversation
+from steerlm_nemo.conversation import Conversation, RecordRef
 from steerlm_nemo.errors import ConfigError, InputError, RecordError
-from steerlm_nemo.records import Accounting, read_records
+from steerlm_nemo.parallel import in_order
+from steerlm_nemo.records import parse_line, read_raw_lines
 from steerlm_nemo.template import ChatTemplate, Tokenizer
+
+MOST_PROBLEMS_SHOWN = 100
 
 
 class Item(TypedDict):
@@ -49,14 +52,55 @@ class DatasetReport:
         return text
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """One conversation: its type and what training sees of it, or why it cannot be used."""
+
+    type: str | None = None
+    item: Item | None = None  # None where the cut leaves no target
+    num_tokens: int = 0  # before the cut
+    num_markers_removed: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What is done to each line of a file."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    max_seq_length: int
+    schema: AttributeSchema
+
+    def __call__(self, raw_line: tuple[RecordRef, bytes]) -> tuple[RecordRef, _Prepared]:
+        ref, _ = raw_line
+        line = parse_line(*raw_line)
+        if line.record is None:
+            return ref, _Prepared(problem=f"{ref}: {line.problem}")
+        try:
+            conversation = Conversation.from_record(line.record, ref)
+            conversation.require_unicode()
+            _require_schema(conversation, self.schema)
+            rendered = self.template.render(conversation, self.tokenizer)
+        except RecordError as err:
+            return ref, _Prepared(problem=str(err))
+        # Targets are shifted by one, so one id more than max_seq_length is of use.
+        mask = np.array(rendered.loss_mask[: self.max_seq_length + 1], dtype=np.int8)
+        item = None
+        if mask[1:].any():
+            item = Item(token_ids=np.array(rendered.token_ids[: len(mask)], dtype=np.int32), loss_mask=mask)
+        return ref, _Prepared(conversation.type, item, len(rendered.token_ids), rendered.num_markers_removed)
+
+
 class ChatDataset(torch.utils.data.Dataset[Item]):
     """A JSONL file of conversations, tokenised once, targets known.
 
     Conversations whose targets all lie beyond `max_seq_length` are left out and counted: in the reference they give
-    a loss of 0/0 (D-11).
+    a loss of 0/0 (D-11). `num_workers` processes tokenise.
 
     Raises:
-        InputError, RecordError: the file or one of its records cannot be used; the message has file:line.
+        InputError: the file cannot be used.
+        RecordError: some records cannot; the message has the place and reason of each, and the counts.
         ConfigError: no conversation is left, or the records are of several types or not of `record_type`.
     """
 
@@ -69,34 +113,33 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
         pad_to_multiple: int,
         record_type: str | None,
         schema: AttributeSchema,
+        num_workers: int = 1,
     ) -> None:
         self.eos_id = tokenizer.eos_id
         self.max_seq_length = max_seq_length
         self.pad_to_multiple = pad_to_multiple
         self.items: list[Item] = []
-        types: dict[str | None, Conversation] = {}
-        num_truncated = num_markers = 0
-        accounting = Accounting.beside(path)
-        for ref, record in tqdm(read_records(path), desc=f"tokenising {Path(path).name}", unit=" conversations"):
-            conversation = Conversation.from_record(record, ref)
-            _require_schema(conversation, schema)
-            types.setdefault(conversation.type, conversation)
-            rendered = template.render(conversation, tokenizer)
-            num_markers += rendered.num_markers_removed
-            num_truncated += len(rendered.token_ids) > max_seq_length + 1
-            # Targets are shifted by one, so one id more than max_seq_length is of use.
-            mask = np.array(rendered.loss_mask[: max_seq_length + 1], dtype=np.int8)
-            if not mask[1:].any():
-                accounting.filtered("no target within max_seq_length")
+        first_of_type: dict[str | None, RecordRef] = {}
+        problems: list[str] = []
+        num_read = num_truncated = num_markers = 0
+        preparation = _Preparation(tokenizer, template, max_seq_length, schema)
+        prepared_lines = in_order(preparation, read_raw_lines(path), num_workers)
+        for ref, prepared in tqdm(prepared_lines, desc=f"tokenising {Path(path).name}", unit=" conversations"):
+            num_read += 1
+            if prepared.problem is not None:
+                problems.append(prepared.problem)
                 continue
-            accounting.written()
-            self.items.append(Item(token_ids=np.array(rendered.token_ids[: len(mask)], dtype=np.int32), loss_mask=mask))
-        self.report = DatasetReport(
-            str(path), len(self.items), num_truncated, accounting.counts["filtered"], num_markers
-        )
+            first_of_type.setdefault(prepared.type, ref)
+            num_markers += prepared.num_markers_removed
+            num_truncated += prepared.num_tokens > max_seq_length + 1
+            if prepared.item is not None:
+                self.items.append(prepared.item)
+        if problems:
+            raise RecordError(_listed(str(path), problems, num_read))
+        self.report = DatasetReport(str(path), len(self.items), num_truncated, num_read - len(self.items), num_markers)
         if not self.items:
             raise ConfigError(f"{path}: no conversation with a target within max_seq_length {max_seq_length}")
-        self.record_type = _one_type(types, record_type)
+        self.record_type = _one_type(first_of_type, record_type)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -148,14 +191,29 @@ def _require_schema(conversation: Conversation, schema: AttributeSchema) -> None
             )
 
 
-def _one_type(types: dict[str | None, Conversation], wanted: str | None) -> str | None:
+def _listed(path: str, problems: list[str], num_read: int) -> str:
+    """The problems of a file, one a line. Training starts with every record or not at all."""
+    if num_read == len(problems) == 1:
+        return problems[0]
+    more = len(problems) - MOST_PROBLEMS_SHOWN
+    return "\n  ".join(
+        [
+            f"{path}: {len(problems)} of {num_read} records cannot be used; scripts/data_clean.py writes the others, "
+            "and these with their reasons to a reject file:",
+            *problems[:MOST_PROBLEMS_SHOWN],
+            *([f"and {more} more"] if more > 0 else []),
+        ]
+    )
+
+
+def _one_type(types: dict[str | None, RecordRef], wanted: str | None) -> str | None:
     if len(types) > 1:
-        seen = ", ".join(f"{kind} at {conversation.ref}" for kind, conversation in types.items())
+        seen = ", ".join(f"{kind} at {ref}" for kind, ref in types.items())
         raise ConfigError(f"the records are of several types ({seen}); train on one type at a time")
     (kind, first), *_ = types.items()
     if wanted is not None and kind != wanted:
         raise ConfigError(
-            f"{first.ref}: type is {kind}, but model.data.record_type asks for {wanted}. A value model is trained on "
+            f"{first}: type is {kind}, but model.data.record_type asks for {wanted}. A value model is trained on "
             "TEXT_TO_VALUE records, a SteerLM model on VALUE_TO_TEXT ones; preprocess or annotate with the other type"
         )
     return kind

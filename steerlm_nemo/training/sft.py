@@ -209,6 +209,7 @@ def _load_data(cfg: DictConfig, tokenizer: Any, is_first: bool) -> tuple[ChatDat
             cfg.model.data.pad_seq_length_to_mult,
             cfg.model.data.record_type,
             training_config.read_schema(cfg),
+            ds.memmap_workers or 1,
         )
         if is_first:
             print(dataset.report.line(), flush=True)

@@ -150,6 +150,22 @@ def test_marker_texts_in_content_are_counted_and_left_in_the_file(tmp_path, smal
     }
 
 
+def test_several_processes_give_the_same_bytes_counts_and_rejects(tmp_path, small_tokenizer):
+    source = tmp_path / "in.jsonl"
+    lines = [dump_record(REFERENCE_RUN[number % len(REFERENCE_RUN)]) for number in range(300)]
+    lines[100], lines[200] = "{", dump_record({"conversations": []})
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    results = []
+    for num_workers in (1, 3):
+        output = tmp_path / "out.jsonl"
+        counts, seen = Accounting.beside(output), []
+        cleaner = Cleaner(ChatTemplate(), small_tokenizer, 256)
+        findings = clean_file(source, output, cleaner, counts, None, lambda *one: seen.append(one), num_workers)  # noqa: B023
+        results.append((output.read_bytes(), counts.summary(), findings, seen, counts.rejects_path.read_bytes()))
+    assert results[0] == results[1]
+    assert counts.counts["rejected"] == 2 and len(seen) == 300
+
+
 def num_tokens(raw, tokenizer):
     return len(ChatTemplate().render(Conversation.from_record(raw, RecordRef("x", 1)), tokenizer).token_ids)
 

@@ -73,6 +73,29 @@ def test_a_cut_keeps_exactly_the_targets_inside_the_window(
         dataset(path, small_tokenizer, max_seq_length=first_target - 1)
 
 
+def test_every_unusable_record_is_named_at_once(tmp_path: Path, small_tokenizer: SentencePieceTokenizer) -> None:
+    path = write_records(tmp_path / "t2v.jsonl", 6, "TEXT_TO_VALUE")
+    lines = path.read_text().splitlines()
+    lines[1], lines[3], lines[4] = "{", lines[3].replace("toxicity:0", "toxicity:9"), lines[4].replace("?", "\\ud800")
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RecordError) as caught:
+        dataset(path, small_tokenizer)
+    first, *named = str(caught.value).split("\n  ")
+    assert first.startswith(f"{path}: 3 of 6 records cannot be used; scripts/data_clean.py")
+    assert [problem.split(" ")[0].rstrip(":") for problem in named] == [f"{path}:{line}" for line in (2, 4, 5)]
+    assert "lone surrogate" in named[2]
+
+
+def test_several_processes_prepare_the_same_items(tmp_path: Path, small_tokenizer: SentencePieceTokenizer) -> None:
+    path = write_records(tmp_path / "t2v.jsonl", 100, "TEXT_TO_VALUE")
+    one = dataset(path, small_tokenizer)
+    two = ChatDataset(path, small_tokenizer, ChatTemplate(), 256, 16, None, NEMO12_LANG, num_workers=2)
+    assert one.report == two.report
+    for first, second in zip(one.items, two.items, strict=True):
+        assert first["token_ids"].tolist() == second["token_ids"].tolist()
+        assert first["loss_mask"].tolist() == second["loss_mask"].tolist()
+
+
 def test_records_of_two_types_are_refused(tmp_path: Path, small_tokenizer: SentencePieceTokenizer) -> None:
     path = write_records(tmp_path / "both.jsonl", 2, "TEXT_TO_VALUE")
     other = write_records(tmp_path / "other.jsonl", 1, "VALUE_TO_TEXT")
