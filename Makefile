@@ -15,6 +15,7 @@ TYPE       ?= TEXT_TO_VALUE
 FILE       ?= $(WORK)/t2v_train.jsonl
 TOKENIZER  ?= $(IN)/tokenizer.model
 SEQ_LEN    ?= 4096
+LINE       ?= 1
 CONFIG     ?= gpt_sft
 VALUE      ?= $(WORK)/value/checkpoints/megatron_gpt_sft.nemo
 STEERLM    ?= $(WORK)/steerlm/checkpoints/megatron_gpt_sft.nemo
@@ -26,7 +27,7 @@ DATA       ?=
 ONLY       ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench convert export inspect preprocess clean train-value train-steerlm \
+.PHONY: help setup demo test lint bench convert export inspect preprocess clean show-mask train-value train-steerlm \
         serve-value serve-steerlm annotate steer
 
 help:  ## list the targets
@@ -70,6 +71,10 @@ preprocess: $(READY)  ## OASST trees TREES -> TYPE records (TEXT_TO_VALUE or VAL
 
 clean: $(READY)  ## drop records of FILE that no longer train anything at SEQ_LEN tokens; writes OUT
 	$(PY) scripts/data_clean.py --dataset_file $(FILE) --output_file $(OUT) --library sentencepiece \
+	  --model_file $(TOKENIZER) --seq_len $(SEQ_LEN) $(ARGS)
+
+show-mask: $(READY)  ## record LINE of FILE as training sees it: bytes, token ids, loss mask, the cut at SEQ_LEN
+	$(PY) scripts/show_mask.py --dataset_file $(FILE) --line $(LINE) --library sentencepiece \
 	  --model_file $(TOKENIZER) --seq_len $(SEQ_LEN) $(ARGS)
 
 train-value: $(READY)  ## value model from BASE by CONFIG; files as ARGS="model.data.train_ds.file_path=... ..."

@@ -7,30 +7,26 @@ r"""Leave out the records that training could not learn from (run after preproce
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 
+from steerlm_nemo.data.tokenizer_flags import (
+    add_template_flags,
+    add_tokenizer_flags,
+    both_spellings,
+    choose_template,
+    load_tokenizer,
+)
 from steerlm_nemo.errors import InputError, exit_with_message
-from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate, Tokenizer
-
-MARKERS = [marker.name for marker in fields(ChatTemplate)]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(name: str, **options: object) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, dest=name, **options)  # type: ignore[arg-type]
-
+    add = both_spellings(parser)
     add("dataset_file", required=True, help="records, .jsonl or .jsonl.gz")
     add("output_file", required=True, help="the records that stay; rejected ones go to OUTPUT_FILE.rejects.jsonl")
-    add("library", default="huggingface", choices=("huggingface", "sentencepiece"), help="kind of tokenizer")
-    add("model_file", help="SentencePiece model")
-    add("model_name", default="EleutherAI/gpt-neox-20b", help="Hugging Face tokenizer: a name or a folder")
+    add_tokenizer_flags(add)
     add("seq_len", type=int, default=4096, help="tokens that training will see of a conversation")
-    add("template_from", help="take the markers from this .nemo, model_config.yaml or training YAML")
-    for marker in MARKERS:
-        add(marker, help=rf"a marker, for example '\x11'; default {getattr(ChatTemplate(), marker)!r}")
+    add_template_flags(add)
     add(
         "trim_turns",
         action="store_true",
@@ -60,33 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.dataset_file, args.output_file, cleaner, records, args.report, on_record, args.num_workers
     )
     print(f"records: {records.summary()}\n{findings.summary()}", file=sys.stderr if args.compat else sys.stdout)
-
-
-def choose_template(args: argparse.Namespace) -> ChatTemplate:
-    """From --template_from, or from single flags, or what --compat or our own training configs have."""
-    from steerlm_nemo.data.cleaning import template_from
-
-    flags = {marker: getattr(args, marker) for marker in MARKERS if getattr(args, marker) is not None}
-    if bool(flags) + bool(args.template_from) + bool(args.compat) > 1:
-        raise InputError(
-            "the markers come from one of: --template_from, --compat, or single flags such as --turn_start"
-        )
-    if args.template_from:
-        return template_from(args.template_from)
-    if args.compat:
-        return EXTRA_ID_TEMPLATE
-    return ChatTemplate.from_config(flags, warn=lambda message: print(message, file=sys.stderr))
-
-
-def load_tokenizer(args: argparse.Namespace, template: ChatTemplate) -> Tokenizer:
-    from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
-
-    if args.library == "huggingface":
-        # As in NeMo: a byte-level vocabulary has no such piece, so the markers become one token each.
-        return HuggingFaceTokenizer(args.model_name, template.markers if template == EXTRA_ID_TEMPLATE else ())
-    if args.model_file is None:
-        raise InputError("--library=sentencepiece needs --model_file, the tokenizer.model of the base model")
-    return SentencePieceTokenizer(args.model_file)
 
 
 def print_as_nemo(index: int, reason: str | None) -> None:

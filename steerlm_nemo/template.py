@@ -135,12 +135,18 @@ class ChatTemplate:
         """Token ids and loss mask of the whole, untruncated conversation."""
         token_ids: list[int] = []
         loss_mask: list[int] = []
-        for segment in self.segments(conversation):
-            encode = tokenizer.encode_continuation if token_ids else tokenizer.encode
-            ids = encode(segment.text)
+        for segment, ids in self.encoded_segments(conversation, tokenizer):
             token_ids += ids
             loss_mask += (_TARGET if segment.in_loss else _NO_TARGET) * len(ids)
         return Rendered(tuple(token_ids), tuple(loss_mask), self.num_markers_in_content(conversation))
+
+    def encoded_segments(self, conversation: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[Segment, list[int]]]:
+        """Each segment with its token ids: what `render` joins."""
+        segments = self.segments(conversation)
+        header = next(segments)
+        yield header, tokenizer.encode(header.text)
+        for segment in segments:
+            yield segment, tokenizer.encode_continuation(segment.text)
 
     def annotation_prompt(self, conversation: Conversation, turn: int) -> str:
         """Text after which a value model writes the label of `turn`: all that T2V training puts before it."""

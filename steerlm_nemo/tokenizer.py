@@ -47,6 +47,11 @@ class SentencePieceTokenizer:
         # folder for a while only.
         return SentencePieceTokenizer, (self.path, self._model)
 
+    def ends(self, text: str, is_start: bool) -> list[int]:
+        """Where in the text each token ends, in characters; of a character of several tokens the last has it."""
+        processor = self._start if is_start else self._continuation
+        return [piece.end for piece in processor.encode(text, out_type="immutable_proto").pieces]
+
     def decode(self, token_ids: list[int]) -> str:
         """Text of the ids; control pieces such as EOS decode to nothing."""
         return self._start.decode([i for i in token_ids if i < self.vocab_size])
@@ -129,6 +134,17 @@ class HuggingFaceTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     encode_continuation = encode
+
+    def ends(self, text: str, is_start: bool) -> list[int]:
+        """Where in the text each token ends, in characters.
+
+        Raises:
+            InputError: not a fast tokenizer; the others do not know.
+        """
+        if not self._tokenizer.is_fast:
+            raise InputError(f"{self.path}: this tokenizer cannot say which text a token stands for (it is not fast)")
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [end for _, end in encoded["offset_mapping"]]
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)

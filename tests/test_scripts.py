@@ -29,6 +29,7 @@ MISSING_INPUT = {
     "preprocessing": "--input_file={missing} --output_file_prefix={out}",
     "process_to_regression_format": "--input-file={missing} --output-file={out}",
     "report": "--graded_file={missing} --graded_responses_file={missing} --output_dir={out}",
+    "show_mask": "--dataset_file={missing} --library=sentencepiece --model_file={missing}",
     "steered_inference": "--input_file={missing} --output_file={out}",
     "train_gpt_sft": "model.restore_from_path={missing} model.data.train_ds.file_path={missing} "
     "model.data.validation_ds.file_path={missing} exp_manager.explicit_log_dir={out}",

@@ -1,8 +1,8 @@
-"""Two small drawings for the report, as text: a line chart in SVG and a coloured table in HTML."""
+"""Small drawings as text (charts in SVG, a coloured table in HTML) and the page they stand on, without network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -92,3 +92,19 @@ def _cell(value: float | None, strongest: float) -> str:
     text = str(value) if isinstance(value, int) else f"{value:.2f}"
     ink = "#fff" if share > 0.6 else "inherit"
     return f'<td style="background:rgba({colour},{share:.2f});color:{ink}">{text}'
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole HTML page; `parts` are HTML already."""
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>{_CSS}"
+    return f"{head}<body>{''.join(parts)}</body></html>\n"
+
+
+_CSS = """<style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1c2330;background:#fff}
+.toy{background:#fff3cd;border-left:4px solid #d39e00;padding:.6em 1em}
+table{border-collapse:collapse;margin:.5em 0}td,th{border:1px solid #cfd6e0;padding:.25em .6em;text-align:left;
+vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}td.small{font-size:85%;color:#5a6577}
+.charts{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}figcaption{font-size:90%}
+table.heat td{text-align:center;min-width:2.6em}
+</style>"""

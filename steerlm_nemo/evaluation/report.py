@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.attributes import AttributeSchema
-from steerlm_nemo.evaluation.charts import Line, heat_table, line_chart
+from steerlm_nemo.evaluation.charts import Line, heat_table, line_chart, page
 from steerlm_nemo.evaluation.steering import Steered, Steering
 from steerlm_nemo.evaluation.value_model import Grading
 from steerlm_nemo.records import atomic_output
@@ -116,8 +116,7 @@ def html_page(results: Results) -> str:
         total = sum(stage["seconds"] for stage in results.stages)
         rows = "".join(f"<tr><td>{escape(stage['name'])}<td class=n>{stage['seconds']:.1f}" for stage in results.stages)
         parts.append(f"<h2>Time</h2><table><tr><th>stage<th>seconds{rows}<tr><th>total<th class=n>{total:.1f}</table>")
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title>{_CSS}"
-    return f"{head}<body>{''.join(parts)}</body></html>\n"
+    return page(name, parts)
 
 
 def _steering_section(results: Results) -> str:
@@ -210,13 +209,3 @@ def _rounded(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_rounded(value) for value in data]
     return data
-
-
-_CSS = """<style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1c2330;background:#fff}
-.toy{background:#fff3cd;border-left:4px solid #d39e00;padding:.6em 1em}
-table{border-collapse:collapse;margin:.5em 0}td,th{border:1px solid #cfd6e0;padding:.25em .6em;text-align:left;
-vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}td.small{font-size:85%;color:#5a6577}
-.charts{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}figcaption{font-size:90%}
-table.heat td{text-align:center;min-width:2.6em}
-</style>"""
