@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,25 @@ _TASK_IDS = (
 
 
 class BadRequest(SteerLMError):
-    """A request the client has to change. `always_400`: the reference, too, answers this one with status 400."""
+    """A request the client has to change. `always_400`: the reference, too, answers this one with status 400.
 
-    def __init__(self, message: str, *, always_400: bool = False) -> None:
+    `param` is the key at fault and `code` a word for programs, where OpenAI's clients expect them.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        always_400: bool = False,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+    ) -> None:
         super().__init__(message)
         self.always_400 = always_400
+        self.status = status
+        self.param = param
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -91,25 +105,11 @@ class GenerateRequest:
         Raises:
             BadRequest: a prompt is empty or fills the context, or the answer would hold too many probabilities.
         """
-        tokenizer = info.tokenizer
-        has_bos = tokenizer.bos_id is not None and tokenizer.bos_id >= 0
-        if self.add_BOS and not has_bos:
-            raise BadRequest("add_BOS is true, but this model's tokenizer has no BOS token")
-        stop_ids, stop_texts = self._stops(info)
+        stop_ids, stop_texts = stops(self.end_strings, info)
         samples = []
         for index, sentence in enumerate(self.sentences):
-            ids = info.format.template.encode_prompt(sentence, tokenizer) if info.format else tokenizer.encode(sentence)
-            if self.add_BOS:
-                ids = [tokenizer.bos_id or 0, *ids]
-            if not ids:
-                raise BadRequest(f"sentences[{index}] is empty; give it text, or set add_BOS to true")
-            room = info.context_length - len(ids)
-            if room < 1:
-                raise BadRequest(
-                    f"sentences[{index}] has {len(ids)} tokens, which leaves no room to generate: "
-                    f"the model's context is {info.context_length} tokens. Shorten the prompt."
-                )
-            tokens_to_generate = min(self.tokens_to_generate, room)
+            ids = prompt_ids(sentence, info, self.add_BOS)
+            tokens_to_generate = min(self.tokens_to_generate, room_for(ids, info, f"sentences[{index}]"))
             samples.append(
                 Sample(
                     prompt_ids=tuple(ids),
@@ -135,21 +135,51 @@ class GenerateRequest:
             )
         return samples
 
-    def _stops(self, info: ModelInfo) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """End strings as token ids where one token is enough, as texts otherwise. eos always ends a row."""
-        tokenizer = info.tokenizer
-        ids, texts = [tokenizer.eos_id], []
-        # The reference's test for "one token": what the string adds to a text that cannot merge with it.
-        base = tokenizer.encode("<extra_id_1>")
-        for end in self.end_strings:
-            if end == EOS_ALIAS:
-                continue
-            extended = tokenizer.encode("<extra_id_1>" + end)
-            if len(extended) == len(base) + 1 and extended[:-1] == base:
-                ids.append(extended[-1])
-            else:
-                texts.append(end)
-        return tuple(dict.fromkeys(ids)), tuple(dict.fromkeys(texts))
+
+def prompt_ids(prompt: str, info: ModelInfo, add_BOS: bool) -> list[int]:
+    """Tokens of a prompt, as training has them where the model was trained on our template.
+
+    Raises:
+        BadRequest: there is no BOS to add.
+    """
+    tokenizer = info.tokenizer
+    ids = info.format.template.encode_prompt(prompt, tokenizer) if info.format else tokenizer.encode(prompt)
+    if not add_BOS:
+        return ids
+    if tokenizer.bos_id is None or tokenizer.bos_id < 0:
+        raise BadRequest("add_BOS is true, but this model's tokenizer has no BOS token", param="add_BOS")
+    return [tokenizer.bos_id, *ids]
+
+
+def room_for(ids: Sequence[int], info: ModelInfo, name: str) -> int:
+    """How many tokens fit the context after a prompt. Raises BadRequest: it is empty, or none do."""
+    if not ids:
+        raise BadRequest(f"{name} is empty; give it text, or set add_BOS to true", param=name)
+    if (room := info.context_length - len(ids)) < 1:
+        raise BadRequest(
+            f"{name} has {len(ids)} tokens, which leaves no room to generate: "
+            f"the model's context is {info.context_length} tokens. Shorten the prompt.",
+            param=name,
+            code="context_length_exceeded",
+        )
+    return room
+
+
+def stops(end_strings: Sequence[str], info: ModelInfo) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """End strings as token ids where one token is enough, as texts otherwise. eos always ends a row."""
+    tokenizer = info.tokenizer
+    ids, texts = [tokenizer.eos_id], []
+    # The reference's test for "one token": what the string adds to a text that cannot merge with it.
+    base = tokenizer.encode("<extra_id_1>")
+    for end in end_strings:
+        if end == EOS_ALIAS:
+            continue
+        extended = tokenizer.encode("<extra_id_1>" + end)
+        if len(extended) == len(base) + 1 and extended[:-1] == base:
+            ids.append(extended[-1])
+        else:
+            texts.append(end)
+    return tuple(dict.fromkeys(ids)), tuple(dict.fromkeys(texts))
 
 
 def _is_int(value: Any, minimum: int) -> bool:
@@ -162,7 +192,7 @@ def _is_number(value: Any, minimum: float, maximum: float = math.inf) -> bool:
     return abs(value) < 1e30 and minimum <= value <= maximum  # also refuses NaN and what float() cannot hold
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """A string that UTF-8 can carry; JSON can spell lone surrogates, which no tokenizer takes."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
@@ -177,7 +207,7 @@ def _sentences(value: Any) -> tuple[str, ...]:
     if len(value) > MAX_SENTENCES:
         raise BadRequest(f"Maximum number of sentences is {MAX_SENTENCES}", always_400=True)
     for index, sentence in enumerate(value):
-        if not _is_text(sentence):
+        if not is_text(sentence):
             raise BadRequest(f"sentences[{index}] must be a string of valid Unicode")
     return tuple(value)
 
@@ -201,7 +231,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "end_strings": (
         # An empty end string would end every row at once.
-        lambda v: isinstance(v, list) and all(_is_text(text) and text for text in v),
+        lambda v: isinstance(v, list) and all(is_text(text) and text for text in v),
         "expect end_strings to be a list of strings",
     ),
     "min_tokens_to_generate": (

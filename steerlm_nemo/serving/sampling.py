@@ -27,6 +27,7 @@ class Sample:
     repetition_penalty: float = 1.0  # >= 1; 1: off
     stop_ids: tuple[int, ...] = ()  # eos is among them
     stop_texts: tuple[str, ...] = ()  # stop strings of several tokens: compare with the tail of the decoded row
+    stop_anywhere: tuple[str, ...] = ()  # end the row in the middle of a token, too; of generated text only
     random_seed: int | None = None  # below 2**63
     compute_logprob: bool = False  # of every token, the prompt's too; nothing of the prompt is then reused
     all_probs: bool = False  # likewise
@@ -85,8 +86,12 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TokenMade:
+    """The last two are there where the sample asks for them, but not of constrained rows."""
+
     row: int
     token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

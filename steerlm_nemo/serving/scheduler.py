@@ -27,6 +27,7 @@ from steerlm_nemo.serving.sampling import (
     Sample,
     TokenMade,
 )
+from steerlm_nemo.serving.text import last_text
 
 # A row waits for a neighbour that is about to compute so many more tokens of its prompt than the cache has.
 _WORTH_WAITING_FOR = 8
@@ -226,6 +227,7 @@ class Scheduler:
         for row, first, begin, count in spans:
             if count and row.number in self._running:
                 self._score(row, first, logits[begin : begin + count])
+        events = [self._with_scores(event) if isinstance(event, TokenMade) else event for event in events]
         for row in self._in_step:
             scored = row.first_scored is None or row.fed >= len(row.ids) - 1
             if row.ends is not None and scored and row.number in self._running:
@@ -374,16 +376,22 @@ class Scheduler:
             for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 row.top_logprobs.append(tuple(zip(ids, values, strict=True)))
 
+    def _with_scores(self, event: TokenMade) -> TokenMade:
+        row = self._running.get(event.row)
+        if row is None or row.sample.constraint or not row.sample.token_logprobs:
+            return event
+        top_logprobs = row.top_logprobs[-1] if row.sample.top_logprobs else ()
+        return TokenMade(event.row, event.token_id, row.logprob[-1], top_logprobs)
+
     def _finish_reason(self, row: _Row, token: int) -> str | None:
         sample = row.sample
         if token in sample.stop_ids:
             return "stop"
-        if sample.stop_texts:
+        if sample.stop_texts or sample.stop_anywhere:
             # A character is at most four tokens, and some tokens are no text at all.
-            tail = 16 + 4 * max(map(len, sample.stop_texts))
-            if self._info.tokenizer.decode(row.ids[max(len(sample.prompt_ids), len(row.ids) - tail) :]).endswith(
-                sample.stop_texts
-            ):
+            tail = 16 + 4 * max(map(len, sample.stop_texts + sample.stop_anywhere))
+            text = last_text(self._info.tokenizer, row.ids, len(sample.prompt_ids), tail)
+            if text.endswith(sample.stop_texts) or any(stop in text for stop in sample.stop_anywhere):
                 return "stop"
         return "length" if row.num_generated >= sample.tokens_to_generate else None
 

@@ -13,7 +13,7 @@ from steerlm_nemo.serving.sampling import Completion, Engine, Failed, Finished, 
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
-OnToken = Callable[[int, int], None]  # (place of the sample in its request, token id), called from the engine's thread
+OnToken = Callable[[int, TokenMade], None]  # (place of the sample in its request, token), called in the engine's thread
 
 
 class QueueFullError(Exception):
@@ -138,7 +138,7 @@ class EngineWorker:
         job, place = self._running[event.row]
         if isinstance(event, TokenMade):
             if job.on_token is not None and not job.result.done():
-                job.on_token(place, event.token_id)
+                job.on_token(place, event)
             return
         del self._running[event.row]
         if isinstance(event, Failed):

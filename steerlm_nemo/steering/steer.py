@@ -106,14 +106,12 @@ def respond(
     client: ServerClient, served: SteerLMFormat, requests: Sequence[Request], sampling: Sampling
 ) -> list[SteeredResponse]:
     """Responses to several (messages, attributes, system), asked for in one HTTP request."""
-    template, schema = served.template, served.schema
-    lines, prompts = [], []
-    for messages, attributes, system in requests:
-        line = schema.complete(attributes)
-        conversation = conversation_of(messages, line, served, system)
-        lines.append(line)
-        prompts.append(template.steering_prompt(conversation, ASSISTANT, line.line))
-    markers = [template.turn_start, template.label_start]
+    lines = [served.schema.complete(attributes) for _, attributes, _ in requests]
+    prompts = [
+        steering_prompt(messages, line, served, system)
+        for (messages, _, system), line in zip(requests, lines, strict=True)
+    ]
+    markers = [served.template.turn_start, served.template.label_start]
     generation = client.generate(prompts, end_strings=markers, **sampling.body())
     return [
         SteeredResponse(response_text(completion, served), line, prompt)
@@ -173,6 +171,13 @@ def _request(record: Mapping[str, object], attributes: Mapping[str, int | str], 
     if not isinstance(own_attributes, Mapping) or not isinstance(own_system, str):
         raise InputError("'attributes' must be an object such as {\"quality\": 4}, and 'system' a string")
     return messages, {**attributes, **own_attributes}, own_system
+
+
+def steering_prompt(
+    messages: str | Sequence[Mapping[str, object]], line: Attributes, served: SteerLMFormat, system: str
+) -> str:
+    """Text after which the model responds to `messages` at `line`. Raises InputError if they are malformed."""
+    return served.template.steering_prompt(conversation_of(messages, line, served, system), ASSISTANT, line.line)
 
 
 def response_text(completion: str, served: SteerLMFormat) -> str:

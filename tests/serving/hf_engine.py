@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class HFEngine:
         self.calls: list[int] = []  # rows that began together
         self.counters = EngineCounters()
         self._num_rows = 0
-        self._rows: dict[int, Generator[int, None, Completion]] = {}
+        self._rows: dict[int, Generator[TokenMade, None, Completion]] = {}
         self._num_new = 0
         self.info = ModelInfo(
             name=name,
@@ -52,7 +52,7 @@ class HFEngine:
     def add(self, sample: Sample) -> int:
         self._num_rows += 1
         self._num_new += 1
-        self._rows[self._num_rows] = self._continue(sample)
+        self._rows[self._num_rows] = self._continue(self._num_rows, sample)
         return self._num_rows
 
     def cancel(self, row: int) -> None:
@@ -67,7 +67,7 @@ class HFEngine:
         for row, tokens in list(self._rows.items()):
             try:
                 with torch.no_grad():
-                    events.append(TokenMade(row, next(tokens)))
+                    events.append(next(tokens))
                 continue
             except StopIteration as end:
                 events.append(Finished(row, end.value))
@@ -76,10 +76,11 @@ class HFEngine:
             del self._rows[row]
         return events
 
-    def _continue(self, sample: Sample) -> Generator[int, None, Completion]:
+    def _continue(self, row: int, sample: Sample) -> Generator[TokenMade, None, Completion]:
         ids = list(sample.prompt_ids)
         cache = DynamicCache()
-        chance = torch.Generator().manual_seed(sample.random_seed or 0)
+        chance = torch.Generator()
+        chance.seed() if sample.random_seed is None else chance.manual_seed(sample.random_seed)
         pending = ids
         log_probs: list[torch.Tensor] = []  # row t: distribution of token t+1
         finish_reason, num_overruled = "length", 0
@@ -100,10 +101,16 @@ class HFEngine:
                 token = max(sorted(allowed), key=lambda candidate: float(last[candidate]))
             ids.append(token)
             self.counters.generated_tokens += 1
-            yield token
+            score = float(log_probs[-1][token]) if sample.token_logprobs else None
+            yield TokenMade(
+                row, token, score, *(_top(log_probs[-1:], sample.top_logprobs) if sample.top_logprobs else ())
+            )
             pending = [token]
-            if token in sample.stop_ids or (
-                sample.stop_texts and self.info.tokenizer.decode(ids).endswith(sample.stop_texts)
+            made = self.info.tokenizer.decode(ids[len(sample.prompt_ids) :])
+            if (
+                token in sample.stop_ids
+                or self.info.tokenizer.decode(ids).endswith(sample.stop_texts)
+                or any(stop in made for stop in sample.stop_anywhere)
             ):
                 finish_reason = "stop"
                 break
@@ -145,12 +152,9 @@ def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _top(log_probs: torch.Tensor, count: int) -> tuple[tuple[tuple[int, float], ...], ...]:
-    best = log_probs.topk(count)
-    return tuple(
-        tuple(zip(ids, values, strict=True))
-        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    )
+def _top(log_probs: Sequence[torch.Tensor], count: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    best = [row.topk(count) for row in log_probs]
+    return tuple(tuple(zip(row.indices.tolist(), row.values.tolist(), strict=True)) for row in best)
 
 
 def _allowed(sample: Sample, generated: list[int]) -> set[int] | None:

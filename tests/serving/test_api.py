@@ -112,9 +112,9 @@ def test_all_probs_needs_no_compute_logprob(url):
 
 
 def test_a_probability_of_zero_is_null_because_json_has_no_infinity(engine):
-    from steerlm_nemo.serving.api import _json
+    from steerlm_nemo.serving.web import json_text
 
-    assert _json({"a": [float("-inf"), 1.0], "b": ("x",)}).body == b'{"a":[null,1.0],"b":["x"]}\n'
+    assert json_text({"a": [float("-inf"), 1.0], "b": ("x",)}) == '{"a":[null,1.0],"b":["x"]}'
 
 
 def test_a_refused_request_is_400_json_that_never_reaches_the_engine(url, engine):

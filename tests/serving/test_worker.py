@@ -30,7 +30,7 @@ def sample(first_id, count, **settings):
 def test_tokens_are_told_as_they_are_made_and_completions_come_in_the_order_of_the_samples(worker):
     told = {0: [], 1: [], 2: [], 3: []}
     samples = [sample(300 + number, 5 - number) for number in range(4)]  # more rows than run at a time
-    done = worker.submit(samples, lambda row, token: told[row].append(token)).result(60)
+    done = worker.submit(samples, lambda row, token: told[row].append(token.token_id)).result(60)
     assert [completion.token_ids[0] for completion in done] == [300, 301, 302, 303]
     assert [list(completion.token_ids[1:]) for completion in done] == list(told.values())
 
