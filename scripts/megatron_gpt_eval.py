@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Serve a value model or a SteerLM model over HTTP: PUT /generate, GET /health, GET /v1/attributes.
+"""Serve a value model or a SteerLM model over HTTP: PUT /generate, OpenAI's endpoints, POST /v1/annotate, /metrics.
 
   python scripts/megatron_gpt_eval.py gpt_model_file=model.nemo server=True port=1424 [KEY=VALUE ...]
 
 Keys are NeMo's; nemo_configs/megatron_gpt_inference.yaml lists them. trainer.devices=2 tensor_model_parallel_size=2
-starts its two ranks by itself; torchrun and srun work too. Binds 127.0.0.1 unless host= says otherwise.
+starts its two ranks by itself; torchrun and srun work too. Binds 127.0.0.1 unless host= says otherwise; with the
+environment variable STEERLM_TOKEN, clients need that bearer token. docs/serving.md has all endpoints.
   server=False prompts='["Once upon a time"]'   continue prompts, print, stop
   --help   this text        --cfg   print the resolved config and stop
 """
@@ -37,9 +38,12 @@ def main() -> None:
         return
     if not launch.ranks_exist() and cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1:
         if cfg.server:
+            from steerlm_nemo.serving.front import settings_from
             from steerlm_nemo.serving.server import open_listener
 
-            open_listener(cfg.port, cfg.host).close()  # a taken port is better learnt before the ranks start
+            settings_from(cfg.http)
+            # A taken port is better learnt before the ranks start; rank 0 will warn if there is reason to.
+            open_listener(cfg.port, cfg.host, has_token=True).close()
         sys.exit(launch.launch_ranks(sys.argv, cfg.trainer.devices))
     serving.run(cfg)
 

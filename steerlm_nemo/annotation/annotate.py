@@ -194,7 +194,7 @@ def annotate(
     return summary
 
 
-class _Thread:
+class AnnotatedThread:
     """A conversation in work: the text before the next label, which only grows, so a server that remembers the last
     prompt computes no more than what is new."""
 
@@ -267,7 +267,7 @@ def _human(record: dict[str, Any], index: int) -> Attributes:
 class _Result:
     """What became of one record: it is graded, or the reason why it is not, or why the run must stop."""
 
-    thread: _Thread
+    thread: AnnotatedThread
     problem: str | None = None
     server_fault: bool = False  # `problem` is the server's, not the record's
     fatal: ServerError | None = None
@@ -296,7 +296,7 @@ class _Annotator:
 
     def run(self, source: Path, batch_size: int, progress: Any) -> ServerError | None:
         """Annotate what the journal does not have yet. Returns the error that stopped the run early, if any."""
-        tasks: queue.Queue[list[_Thread] | None] = queue.Queue()
+        tasks: queue.Queue[list[AnnotatedThread] | None] = queue.Queue()
         results: queue.Queue[_Result | BaseException] = queue.Queue()
         num_workers = self._servers.in_flight * len(self._servers.addresses)
 
@@ -352,16 +352,16 @@ class _Annotator:
         progress.update()
         return None
 
-    def _groups(self, source: Path, batch_size: int, progress: Any) -> Iterator[list[_Thread]]:
+    def _groups(self, source: Path, batch_size: int, progress: Any) -> Iterator[list[AnnotatedThread]]:
         """What is left to do, `batch_size` at a time, window by window ordered by text: threads of a tree begin alike,
         and run near each other."""
         lines = (line for line in read_lines(source) if not self._journal.has(line))
-        group: list[_Thread] = []
+        group: list[AnnotatedThread] = []
         while window := list(islice(lines, WINDOW)):
             threads = []
             for line in window:
                 try:
-                    threads.append(_Thread(line, self._served, self._settings))
+                    threads.append(AnnotatedThread(line, self._served, self._settings))
                 except RecordError as err:
                     self._accounting.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
                     progress.update()
@@ -373,7 +373,7 @@ class _Annotator:
         if group:
             yield group
 
-    def _group(self, group: Sequence[_Thread]) -> list[_Result]:
+    def _group(self, group: Sequence[AnnotatedThread]) -> list[_Result]:
         try:
             self._grade(group)
         except ServerError as err:
@@ -386,11 +386,11 @@ class _Annotator:
             return [
                 result
                 for thread in group
-                for result in self._group([_Thread(thread.line, self._served, self._settings)])
+                for result in self._group([AnnotatedThread(thread.line, self._served, self._settings)])
             ]
         return [_Result(thread) for thread in group]
 
-    def _grade(self, threads: Sequence[_Thread]) -> None:
+    def _grade(self, threads: Sequence[AnnotatedThread]) -> None:
         """Grade every wanted turn: first turns of all conversations together, then second turns, ..."""
         home = zlib.crc32(threads[0].texts[1].encode())  # threads of one tree begin alike
         for step in range(max(len(thread.to_ask) for thread in threads)):

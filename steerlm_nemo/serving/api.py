@@ -1,11 +1,14 @@
 """The HTTP side of `megatron_gpt_eval`: the index of its routes, and `/generate` as NeMo's clients know it.
 
-    GET /                   the steering page
     PUT, POST /generate     NeMo's text generation request and answer
     POST /v1/chat/completions, /v1/completions; GET /v1/models    as OpenAI's clients use them (see openai_api)
-    GET /health             model name, readiness, tensor parallel size, number type
+    GET /health             model name, state, tensor parallel size, number type: 200 as long as the process lives
+    GET /ready              200 where new requests are served, 503 while the server ends
+    GET /metrics            numbers of requests, queue and engine in Prometheus' text format
+    GET /openapi.json       all of this for programs
     GET /v1/template        markers and attribute schema of the model (the format kept in its checkpoint), identity
     GET /v1/attributes      the same
+    POST /v1/annotate       conversations -> the same with graded turns, by a value model
     POST /v1/attribute_lines   {"prompts": [...], "given": [...]} -> full attribute lines of a value model, values
                             always legal, with probabilities
 
@@ -19,6 +22,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -26,9 +30,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from steerlm_nemo.serving import web
+from steerlm_nemo.serving.annotate_api import annotate_route
+from steerlm_nemo.serving.front import FrontDoor, HttpSettings
 from steerlm_nemo.serving.lines import line_answer, line_samples
 from steerlm_nemo.serving.openai_api import openai_routes
-from steerlm_nemo.serving.page import page
+from steerlm_nemo.serving.openapi import document
 from steerlm_nemo.serving.request import BadRequest, GenerateRequest
 from steerlm_nemo.serving.sampling import Completion, Engine, ModelInfo
 from steerlm_nemo.serving.web import json_body, json_response
@@ -36,16 +42,20 @@ from steerlm_nemo.serving.worker import EngineWorker
 
 
 def build_app(
-    engine: Engine, *, compat: str | None = None, max_batch_rows: int = 128, max_waiting_requests: int = 256
+    engine: Engine, *, compat: str | None = None, max_batch_rows: int = 128, http: HttpSettings | None = None
 ) -> Starlette:
-    """The ASGI application. Its lifespan starts and drains the one thread that calls `engine.generate`.
+    """The ASGI application. Its lifespan starts and drains the one thread that steps the engine.
 
     `compat="nemo1.23"` answers failed checks with status 200 and a bare JSON string, ignores unknown keys and pads
-    rows that ended early with eos, as the reference does.
+    rows that ended early with eos, as the reference does. `app.state.door` is its FrontDoor.
     """
-    worker = EngineWorker(engine, max_batch_rows, max_waiting_requests)
+    http = http or HttpSettings()
+    worker = EngineWorker(engine, max_batch_rows, http.max_waiting_requests)
     info = engine.info
-    calls = web.EngineCalls(worker, info)
+    calls = web.EngineCalls(worker, info, http.max_prompts)
+    door = FrontDoor(worker, engine, http.token)
+
+    described = document(info.name)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -55,7 +65,7 @@ def build_app(
 
     async def generate(request: Request) -> Response:
         try:
-            body = GenerateRequest.from_json(await json_body(request), compat)
+            body = GenerateRequest.from_json(await json_body(request), compat, http.max_prompts)
             samples = await asyncio.to_thread(body.samples, info)
         except BadRequest as err:
             if compat and not err.always_400:
@@ -66,20 +76,31 @@ def build_app(
 
     async def attribute_lines(request: Request) -> Response:
         body = await json_body(request)
-        samples = await asyncio.to_thread(line_samples, body, info)
+        samples = await asyncio.to_thread(line_samples, body, info, http.max_prompts)
         return json_response(line_answer(await calls.complete(request, samples), body, info))
 
     async def health(request: Request) -> Response:
         return json_response(
             {
-                "status": "ready",
-                "ready": True,
+                "status": door.state,
+                "ready": door.state == "ready",
                 "model": info.name,
                 "tp_size": info.report.get("tp_size"),
                 "dtype": info.report.get("dtype"),
                 "context_length": info.context_length,
             }
         )
+
+    async def ready(request: Request) -> Response:
+        if door.state == "ready":
+            return json_response({"ready": True})
+        return json_response({"ready": False, "message": f"the server is {door.state}"}, 503, {"Retry-After": "5"})
+
+    async def metrics(request: Request) -> Response:
+        return Response(door.metrics(), media_type=CONTENT_TYPE_LATEST)
+
+    async def openapi(request: Request) -> Response:
+        return json_response(described)
 
     async def served_format(request: Request) -> Response:
         if info.format is None:
@@ -90,11 +111,14 @@ def build_app(
 
     app = Starlette(
         routes=[
-            Route("/", page),
             Route("/generate", generate, methods=["PUT", "POST"]),
             *openai_routes(calls),
+            annotate_route(calls),
             Route("/v1/attribute_lines", attribute_lines, methods=["POST"]),
             Route("/health", health),
+            Route("/ready", ready),
+            Route("/metrics", metrics),
+            Route("/openapi.json", openapi),
             Route("/v1/template", served_format),
             Route("/v1/attributes", served_format),
         ],
@@ -102,11 +126,13 @@ def build_app(
             HTTPException: web.http_error,
             BadRequest: web.bad_request,
             ClientDisconnect: web.client_gone,
+            RecursionError: web.too_deep,
             Exception: web.defect,
         },
         lifespan=lifespan,
     )
-    app.add_middleware(web.AccessLog)
+    app.state.door, app.state.max_body_bytes = door, http.max_body_bytes
+    app.add_middleware(door.around, routes=app.routes)
     return app
 
 

@@ -6,6 +6,7 @@ retried with growing pauses; and the server refused the request (4xx), which no 
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -61,7 +62,10 @@ class Generation:
 
 
 class ServerClient:
-    """A server's address with time-out and retry policy. One client may be shared by several threads."""
+    """A server's address with time-out and retry policy. One client may be shared by several threads.
+
+    Where the environment has STEERLM_TOKEN, that token is sent.
+    """
 
     def __init__(self, host: str, port: int, timeout_s: float = 600.0, retries: int = 8) -> None:
         self.where = f"http://{host}:{port}"
@@ -75,6 +79,7 @@ class ServerClient:
             base_url=self.where,
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
             limits=httpx.Limits(max_connections=None),
+            headers={"Authorization": f"Bearer {token}"} if (token := os.environ.get("STEERLM_TOKEN")) else {},
             trust_env=False,  # a proxy meant for the internet must not stand between us and our own server
         )
         self._lock = threading.Lock()

@@ -14,7 +14,7 @@ from typing import Any
 from steerlm_nemo.attributes import LANG
 from steerlm_nemo.conversation import TEXT_TO_VALUE
 from steerlm_nemo.errors import InputError
-from steerlm_nemo.serving.request import BadRequest, GenerateRequest
+from steerlm_nemo.serving.request import MAX_SENTENCES, BadRequest, GenerateRequest
 from steerlm_nemo.serving.sampling import Choice, Completion, ModelInfo, Sample
 from steerlm_nemo.template import SteerLMFormat
 
@@ -22,7 +22,7 @@ Constraint = tuple[tuple[tuple[int, ...], ...], ...]
 Legal = Callable[[str], Sequence[str]]  # the texts a key may have
 
 
-def line_samples(body: Any, info: ModelInfo) -> list[Sample]:
+def line_samples(body: Any, info: ModelInfo, max_prompts: int = MAX_SENTENCES) -> list[Sample]:
     """One constrained sample per prompt of `{"prompts": [text up to and with the label marker, ...]}`.
 
     `"given": [{key: value} or null, ...]`, one per prompt, holds values that are known: they are forced, as keys are,
@@ -38,7 +38,7 @@ def line_samples(body: Any, info: ModelInfo) -> list[Sample]:
     steps, places = line_constraint(info.format, info)
     longest = sum(max(map(len, options)) for options in steps)
     request = {"sentences": body["prompts"], "tokens_to_generate": longest, "greedy": True}
-    samples = GenerateRequest.from_json(request).samples(info)
+    samples = GenerateRequest.from_json(request, max_sentences=max_prompts).samples(info)
     for index, sample in enumerate(samples):
         if sample.tokens_to_generate < longest:
             raise BadRequest(

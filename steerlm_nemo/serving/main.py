@@ -41,12 +41,17 @@ def run(cfg: DictConfig) -> None:
     """Serve until told to stop, or continue `cfg.prompts` once. Every rank calls this.
 
     Raises:
-        InputError: the port is taken; found before the model is loaded.
+        InputError: the port is taken, or the token file cannot be read; found before the model is loaded.
+        ServerError: the engine died.
     """
+    from steerlm_nemo.serving.front import settings_from as http_settings_from
     from steerlm_nemo.serving.server import open_listener
 
     is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-    listener = open_listener(cfg.port, cfg.host) if is_first and cfg.server else None
+    http = http_settings_from(cfg.http)
+    listener = None
+    if is_first and cfg.server:
+        listener = open_listener(cfg.port, cfg.host, has_token=http.token is not None)
 
     import torch
 
@@ -69,8 +74,8 @@ def run(cfg: DictConfig) -> None:
             from steerlm_nemo.serving.api import build_app
             from steerlm_nemo.serving.server import serve
 
-            app = build_app(engine, compat=cfg.compat, max_batch_rows=settings.max_batch_rows)
-            serve(app, listener, engine.info.name)
+            app = build_app(engine, compat=cfg.compat, max_batch_rows=settings.max_batch_rows, http=http)
+            serve(app, listener, engine.info.name, http.drain_s)
     finally:
         engine.close()
     _leave()

@@ -25,11 +25,11 @@ def openai_routes(calls: EngineCalls) -> list[Route]:
     info, started = calls.info, int(time.time())
 
     async def chat(request: Request) -> Response:
-        asked = await asyncio.to_thread(chat_request, await json_body(request), info)
+        asked = await asyncio.to_thread(chat_request, await json_body(request), info, calls.max_prompts)
         return await _answer(request, asked, _ChatForm(info, asked.line))
 
     async def completions(request: Request) -> Response:
-        asked = await asyncio.to_thread(completion_request, await json_body(request), info)
+        asked = await asyncio.to_thread(completion_request, await json_body(request), info, calls.max_prompts)
         return await _answer(request, asked, _CompletionForm(info))
 
     async def _answer(request: Request, asked: Asked, form: _Form) -> Response:

@@ -56,7 +56,7 @@ MESSAGE: Schema = {
 }
 _SAMPLING: dict[str, Schema] = {
     "model": {**TEXT, "description": "As GET /v1/models names it; left out: the one that is served."},
-    "n": {"type": "integer", "minimum": 1, "maximum": MAX_SENTENCES, "default": 1},
+    "n": {"type": "integer", "minimum": 1, "maximum": MAX_INTEGER, "default": 1},
     "temperature": {"type": "number", "minimum": 0, "maximum": 2, "default": 1, "description": "0: greedy."},
     "top_p": {"type": "number", "minimum": 0, "maximum": 1, "default": 1, "description": "0: greedy."},
     "top_k": {
@@ -129,8 +129,8 @@ COMPLETION: Schema = {
             "anyOf": [
                 TEXT,
                 _TOKEN_IDS,
-                {"type": "array", "minItems": 1, "maxItems": MAX_SENTENCES, "items": TEXT},
-                {"type": "array", "minItems": 1, "maxItems": MAX_SENTENCES, "items": _TOKEN_IDS},
+                {"type": "array", "minItems": 1, "items": TEXT},
+                {"type": "array", "minItems": 1, "items": _TOKEN_IDS},
             ]
         },
         **_SAMPLING,
@@ -167,7 +167,7 @@ class Asked:
         return cut if cut != generated else self.trim(generated)
 
 
-def chat_request(body: Any, info: ModelInfo) -> Asked:
+def chat_request(body: Any, info: ModelInfo, max_prompts: int = MAX_SENTENCES) -> Asked:
     """Raises BadRequest."""
     asked = _read(body, CHAT, "/v1/chat/completions", info)
     served = _steerable(info)
@@ -185,7 +185,7 @@ def chat_request(body: Any, info: ModelInfo) -> Asked:
     ids = prompt_ids(prompt, info, add_BOS=False)
     limits = [limit for key in ("max_completion_tokens", "max_tokens") if (limit := asked[key]) is not None]
     markers = (served.template.turn_start, served.template.label_start)
-    made = _samples(asked, [ids], min(limits, default=MAX_INTEGER), ["messages"], info, markers)
+    made = _samples(asked, [ids], min(limits, default=MAX_INTEGER), ["messages"], info, markers, max_prompts)
     num_top = (asked["top_logprobs"] or 0) if asked["logprobs"] else None
     end_of_turn = served.template.end_of_turn
     return _asked(
@@ -198,7 +198,7 @@ def chat_request(body: Any, info: ModelInfo) -> Asked:
     )
 
 
-def completion_request(body: Any, info: ModelInfo) -> Asked:
+def completion_request(body: Any, info: ModelInfo, max_prompts: int = MAX_SENTENCES) -> Asked:
     """Raises BadRequest."""
     asked = _read(body, COMPLETION, "/v1/completions", info)
     prompt = asked["prompt"]
@@ -207,7 +207,7 @@ def completion_request(body: Any, info: ModelInfo) -> Asked:
         raise BadRequest("echo has no log-probabilities here; PUT /generate with compute_logprob has", param="echo")
     rows = [_ids(prompt, asked["add_BOS"], info) for prompt in prompts]
     names = ["prompt"] if len(rows) == 1 else [f"prompt[{index}]" for index in range(len(rows))]
-    made = _samples(asked, rows, asked["max_tokens"], names, info, ())
+    made = _samples(asked, rows, asked["max_tokens"], names, info, (), max_prompts)
     if asked["echo"]:
         decode = info.tokenizer.decode
         texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts]
@@ -275,10 +275,11 @@ def _samples(
     names: Sequence[str],
     info: ModelInfo,
     markers: Sequence[str],
+    max_prompts: int,
 ) -> list[Sample]:
     """`n` per row of prompt tokens; choice i of any prompt draws with seed + i."""
-    if len(rows) * asked["n"] > MAX_SENTENCES:
-        raise BadRequest(f"{len(rows)} prompts x n {asked['n']} are more than {MAX_SENTENCES} choices", param="n")
+    if len(rows) * asked["n"] > max_prompts:
+        raise BadRequest(f"{len(rows)} prompts x n {asked['n']} are more than {max_prompts} choices", param="n")
     stop_ids, stop_texts = stops(markers, info)
     made = []
     for ids, name in zip(rows, names, strict=True):

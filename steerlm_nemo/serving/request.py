@@ -67,7 +67,7 @@ class GenerateRequest:
     random_seed: int | None = None
 
     @classmethod
-    def from_json(cls, body: Any, compat: str | None = None) -> GenerateRequest:
+    def from_json(cls, body: Any, compat: str | None = None, max_sentences: int = MAX_SENTENCES) -> GenerateRequest:
         """Check a decoded JSON body; with `compat="nemo1.23"`, unknown keys and `neighbors` are ignored.
 
         Raises:
@@ -81,7 +81,7 @@ class GenerateRequest:
             raise BadRequest(f"The request key {unknown[0]!r} is not allowed{hint}")
         if "sentences" not in body:
             raise BadRequest("the key 'sentences' is missing; it must be a list of strings")
-        values: dict[str, Any] = {"sentences": _sentences(body["sentences"])}
+        values: dict[str, Any] = {"sentences": _sentences(body["sentences"], max_sentences)}
         if "task_ids" in body:
             raise BadRequest(_TASK_IDS)
         for key, (accept, message) in _RULES.items():
@@ -201,11 +201,11 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _sentences(value: Any) -> tuple[str, ...]:
+def _sentences(value: Any, max_sentences: int) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise BadRequest("sentences must be a non-empty list of strings")
-    if len(value) > MAX_SENTENCES:
-        raise BadRequest(f"Maximum number of sentences is {MAX_SENTENCES}", always_400=True)
+    if len(value) > max_sentences:
+        raise BadRequest(f"Maximum number of sentences is {max_sentences}", always_400=True)
     for index, sentence in enumerate(value):
         if not is_text(sentence):
             raise BadRequest(f"sentences[{index}] must be a string of valid Unicode")

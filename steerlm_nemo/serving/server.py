@@ -5,24 +5,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import json
 import logging
+import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
+from types import FrameType
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from steerlm_nemo.errors import InputError
+from steerlm_nemo.errors import InputError, ServerError
+from steerlm_nemo.serving.front import TOKEN_VARIABLE, FrontDoor
 
 LOOPBACK = "127.0.0.1"
-GRACEFUL_STOP_S = 30
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
 
-def open_listener(port: int, host: str = LOOPBACK) -> socket.socket:
+def open_listener(port: int, host: str = LOOPBACK, *, has_token: bool = False) -> socket.socket:
     """A bound socket, not yet listening: take the port before the model is loaded, answer when it is.
 
     `port` 0 takes a free one; `listener.getsockname()[1]` tells which.
@@ -51,17 +57,23 @@ def open_listener(port: int, host: str = LOOPBACK) -> socket.socket:
                 f"port {port} on {host} is in use. Stop the server that has it, or choose another with port=..."
             ) from err
         raise InputError(f"cannot listen on {host} port {port}: {err.strerror}") from err
-    if not _is_loopback(listener.getsockname()[0]):
+    if not has_token and not _is_loopback(listener.getsockname()[0]):
         print(
-            f"WARNING: serving on {host}: every machine that reaches this address can use the model, "
-            "without a password and without encryption. Bind 127.0.0.1 unless a proxy guards it.",
+            f"WARNING: serving on {host}: every machine that reaches this address can use the model, without a token. "
+            f"Set {TOKEN_VARIABLE} or http.token_file, or bind 127.0.0.1 unless a proxy guards it.",
             file=sys.stderr,
         )
     return listener
 
 
-def serve(app: Starlette, listener: socket.socket, name: str) -> None:
-    """Answer requests until SIGTERM or SIGINT; requests in flight are finished, then this returns."""
+def serve(app: Starlette, listener: socket.socket, name: str, drain_s: float = 30) -> None:
+    """Answer requests until SIGTERM or SIGINT; then finish those in flight, for `drain_s` at most, and return.
+
+    Meanwhile new requests are answered with 503. A second signal ends the process at once.
+
+    Raises:
+        ServerError: the engine died.
+    """
     host, port = listener.getsockname()[:2]
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -74,16 +86,59 @@ def serve(app: Starlette, listener: socket.socket, name: str) -> None:
         log_config=None,
         log_level="warning",
         access_log=False,  # ours has rows and milliseconds, and no addresses
-        timeout_graceful_shutdown=GRACEFUL_STOP_S,
+        timeout_graceful_shutdown=1,  # _Server has waited for the requests already
         lifespan="on",
+        http=JsonProtocol,
     )
     print(f"serving {name} on http://{host}:{port}", flush=True)
-    _Server(config).run(sockets=[listener])
+    door: FrontDoor = app.state.door
+    _Server(config, door, drain_s).run(sockets=[listener])
+    if door.worker.failed is not None:
+        raise ServerError(f"stopped serving {name}: the engine died: {door.worker.failed}")
     print(f"stopped serving {name}", flush=True)
 
 
+class JsonProtocol(H11Protocol):
+    """Says in JSON, too, that something is no HTTP request."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps({"message": msg}).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
 class _Server(uvicorn.Server):
-    """Ends by returning: uvicorn raises the signal again at the end, which would skip the other ranks' farewell."""
+    """Goes on answering, with 503, while the requests in flight are finished.
+
+    Ends by returning: uvicorn raises the signal again at the end, which would skip the other ranks' farewell.
+    """
+
+    def __init__(self, config: uvicorn.Config, door: FrontDoor, drain_s: float) -> None:
+        super().__init__(config)
+        self._door = door
+        self._drain_s = drain_s
+        self._deadline: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._door.draining:
+            os._exit(128 + sig)
+        self._door.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._door.draining and self._deadline is None:
+            self._deadline = time.monotonic() + self._drain_s
+            logger.info(
+                "ending: %d requests in flight have %g s; a second signal ends them at once",
+                self._door.num_in_flight,
+                self._drain_s,
+            )
+        if self._deadline is not None and (not self._door.num_in_flight or time.monotonic() > self._deadline):
+            self.should_exit = True
+        if self._door.worker.failed is not None:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -6,13 +6,11 @@ import asyncio
 import json
 import logging
 import math
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -20,13 +18,12 @@ from starlette.responses import Response, StreamingResponse
 
 from steerlm_nemo.serving.request import BadRequest
 from steerlm_nemo.serving.sampling import Completion, ModelInfo, Sample, TokenMade
-from steerlm_nemo.serving.worker import EngineWorker, QueueFullError
+from steerlm_nemo.serving.worker import EngineDiedError, EngineWorker, QueueFullError
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
-MAX_BODY_BYTES = 16 * 2**20
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it tells the log why the row count is missing
-NATIVE_PATHS = ("/v1/template", "/v1/attributes", "/v1/attribute_lines")  # the rest of /v1/ is OpenAI's
+NATIVE_PATHS = ("/v1/template", "/v1/attributes", "/v1/attribute_lines", "/v1/annotate")  # the rest of /v1/ is OpenAI's
 # The words OpenAI's clients know; their exception types follow from the status alone.
 _OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -41,9 +38,10 @@ class Done:
 class EngineCalls:
     """The engine as routes call it: until the answer is there or the client has gone."""
 
-    def __init__(self, worker: EngineWorker, info: ModelInfo) -> None:
+    def __init__(self, worker: EngineWorker, info: ModelInfo, max_prompts: int) -> None:
         self._worker = worker
         self.info = info
+        self.max_prompts = max_prompts
 
     async def complete(self, request: Request, samples: Sequence[Sample]) -> list[Completion]:
         future = asyncio.wrap_future(self._submit(request, samples, None))
@@ -99,11 +97,15 @@ class EngineCalls:
             raise HTTPException(
                 429, f"{self._worker.num_waiting} requests are waiting already; try again later", {"Retry-After": "1"}
             ) from None
+        except EngineDiedError as err:
+            raise HTTPException(503, str(err), {"Retry-After": "30"}) from err
 
 
 def _result(future: Any) -> list[Completion]:
     try:
         return future.result()
+    except EngineDiedError as err:
+        raise HTTPException(503, f"{err}; the server ends", {"Retry-After": "30"}) from err
     except Exception as err:
         raise HTTPException(
             500, "the engine failed on this request; the server's log has the reason. Other requests are served."
@@ -151,11 +153,20 @@ async def json_body(request: Request) -> Any:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise HTTPException(415, f"the content type must be application/json, found {content_type or 'none'!r}")
+    limit = request.app.state.max_body_bytes
+    promised = request.headers.get("content-length", "0")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    if not promised.isdecimal() or int(promised) <= limit:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                break
+        else:
+            return _parsed(bytes(body))
+    raise HTTPException(413, f"the body is larger than {limit} bytes; send less at a time, or raise http.max_body_mb")
+
+
+def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as err:
@@ -188,26 +199,30 @@ def _finite(content: Any) -> Any:
 
 async def http_error(request: Request, err: Exception) -> Response:
     assert isinstance(err, HTTPException)
-    return _error(request, err.status_code, str(err.detail), headers=err.headers)
+    return error_response(request.url.path, err.status_code, str(err.detail), headers=err.headers)
 
 
 async def bad_request(request: Request, err: Exception) -> Response:
     assert isinstance(err, BadRequest)
-    return _error(request, err.status, str(err), err.param, err.code)
+    return error_response(request.url.path, err.status, str(err), err.param, err.code)
 
 
 async def client_gone(request: Request, err: Exception) -> Response:
-    return _error(request, CLIENT_CLOSED_REQUEST, "the client went away")
+    return error_response(request.url.path, CLIENT_CLOSED_REQUEST, "the client went away")
+
+
+async def too_deep(request: Request, err: Exception) -> Response:
+    return error_response(request.url.path, 400, "the body is nested too deeply")
 
 
 async def defect(request: Request, err: Exception) -> Response:
-    return _error(request, 500, "Internal Server Error")
+    return error_response(request.url.path, 500, "Internal Server Error")
 
 
-def _error(
-    request: Request, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
+def error_response(
+    path: str, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
 ) -> Response:
-    path = request.url.path
+    """OpenAI's error object where its clients call, NeMo's `message` elsewhere."""
     if path.startswith("/v1/") and path not in NATIVE_PATHS:
         return json_response(_openai_error(status, message, param, code), status, headers)
     return json_response({"message": message}, status, headers)
@@ -218,34 +233,3 @@ def _openai_error(
 ) -> dict[str, dict[str, str | None]]:
     kind = _OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-_Send = Callable[[Any], Awaitable[None]]
-
-
-class AccessLog:
-    """One line per request: method, path, status, milliseconds, rows. Never a body, an address or a query."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: _Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start, status = time.perf_counter(), 500
-        state = scope.setdefault("state", {})
-
-        async def watch(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watch)
-        finally:
-            duration_ms = (time.perf_counter() - start) * 1000
-            rows = f" rows={state['num_rows']}" if "num_rows" in state else ""
-            # Quoted, or a path with a line end in it would write log lines of its own.
-            logger.info("%s %s %d %.1f ms%s", scope["method"], quote(scope["path"]), status, duration_ms, rows)

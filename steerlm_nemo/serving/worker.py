@@ -66,8 +66,8 @@ class EngineWorker:
 
     @property
     def num_waiting(self) -> int:
-        """Requests of which no row, or not every row, has joined the engine yet."""
-        return len(self._waiting)
+        """Requests of which no row, or not every row, has joined the engine yet; cancelled ones do not count."""
+        return sum(not job.result.done() for job in tuple(self._waiting))
 
     @property
     def num_running(self) -> int:
@@ -85,7 +85,7 @@ class EngineWorker:
         with self._changed:
             if self.failed is not None:
                 raise EngineDiedError(f"the engine died: {self.failed}")
-            if len(self._waiting) >= self._max_waiting_requests:
+            if self.num_waiting >= self._max_waiting_requests:
                 raise QueueFullError
             self._waiting.append(job)
             self._changed.notify()

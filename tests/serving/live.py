@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from steerlm_nemo.serving.api import build_app
 from steerlm_nemo.serving.sampling import Engine
-from steerlm_nemo.serving.server import open_listener
+from steerlm_nemo.serving.server import JsonProtocol, open_listener
 from steerlm_nemo.template import SteerLMFormat
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -52,7 +52,8 @@ def engine(record_type: str | None) -> HFEngine:
 def run_app(app: Starlette) -> Iterator[int]:
     """The app on a free port of this machine, in a thread of this process."""
     listener = open_listener(0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=5, http=JsonProtocol)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
@@ -73,8 +74,9 @@ def run_engine(engine: Engine, **options: object) -> Iterator[int]:
 class ServerProcess:
     """The tiny value model behind `serve` in its own process, to be killed and started again on the same port."""
 
-    def __init__(self, folder: Path, port: int) -> None:
-        self._command = [sys.executable, str(Path(__file__).with_name("serve_hf.py")), str(folder), str(port)]
+    def __init__(self, folder: Path, port: int, pause_s: float = 0) -> None:
+        script = Path(__file__).with_name("serve_hf.py")
+        self._command = [sys.executable, str(script), str(folder), str(port), str(pause_s)]
         self.port = port
 
     def start(self) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hf_engine import HFEngine
 
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.serving.front import HttpSettings
 from steerlm_nemo.serving.sampling import Failed
 from steerlm_nemo.serving.server import open_listener
 from steerlm_nemo.template import SteerLMFormat
@@ -262,7 +263,7 @@ def test_a_failing_engine_call_is_500_for_its_own_request_only(engine):
 def test_a_full_queue_is_429_with_retry_after_and_loses_nobody(engine):
     gate = Gate(engine)
     body = {"sentences": ["a"], **GREEDY}
-    with live.run_engine(gate, max_waiting_requests=2) as port, ThreadPoolExecutor(8) as pool:
+    with live.run_engine(gate, http=HttpSettings(max_waiting_requests=2)) as port, ThreadPoolExecutor(8) as pool:
         url = f"http://127.0.0.1:{port}"
         first = pool.submit(put, url, body)
         gate.entered.wait(10)  # the engine is busy, so whatever comes now has to wait
@@ -280,7 +281,7 @@ def test_a_full_queue_is_429_with_retry_after_and_loses_nobody(engine):
 def test_a_client_that_goes_away_frees_its_place_and_breaks_nobody(engine):
     gate = Gate(engine)
     body = {"sentences": ["a"], **GREEDY}
-    with live.run_engine(gate, max_waiting_requests=1) as port, ThreadPoolExecutor(4) as pool:
+    with live.run_engine(gate, http=HttpSettings(max_waiting_requests=1)) as port, ThreadPoolExecutor(4) as pool:
         url = f"http://127.0.0.1:{port}"
         first = pool.submit(put, url, body)
         gate.entered.wait(10)
@@ -301,7 +302,7 @@ def test_the_log_has_method_path_status_and_rows_but_never_a_body(engine, caplog
         httpx.put(address, json={"sentences": [secret], "x": secret}, trust_env=False)
     lines = [record.getMessage() for record in caplog.records if record.name == "steerlm_nemo.serving"]
     assert len(lines) == 2
-    assert lines[0].startswith("PUT /generate 200 ") and lines[0].endswith(" ms rows=2")
+    assert lines[0].startswith("PUT /generate 200 ") and " ms rows=2 id=" in lines[0]
     assert lines[1].startswith("PUT /generate 400 ")
     assert "hunter2" not in " ".join(lines)
 

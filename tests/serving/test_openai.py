@@ -14,6 +14,7 @@ import torch
 from hf_engine import HFEngine
 
 from steerlm_nemo.conversation import Conversation, RecordRef, Turn
+from steerlm_nemo.serving.front import HttpSettings
 from steerlm_nemo.serving.openai_request import NO_EFFECT, chat_request
 from steerlm_nemo.serving.text import GrowingText, safe_length, token_bytes
 from steerlm_nemo.steering.steer import Sampling, steer
@@ -289,7 +290,7 @@ def test_the_model_is_listed_and_another_is_not_found(client):
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"stop": ""}, "stop", "not empty|1 to 500 characters"),
-        ({"n": 129}, "n", "from 1 to 128"),
+        ({"n": 129}, "n", "1 prompts x n 129 are more than 128 choices"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools must be"),
         ({"response_format": {"type": "json_object"}}, "response_format", "response_format must be"),
         ({"messages": []}, "messages", "1 to|at least 1"),
@@ -332,7 +333,10 @@ def test_other_failures_raise_the_clients_other_errors(engine):
             gate.wait(30)
             return engine.step()
 
-    with live.run_engine(Stuck(), max_batch_rows=1, max_waiting_requests=1) as port, ThreadPoolExecutor(4) as pool:
+    with (
+        live.run_engine(Stuck(), max_batch_rows=1, http=HttpSettings(max_waiting_requests=1)) as port,
+        ThreadPoolExecutor(4) as pool,
+    ):
         client = client_of(port)
         first = pool.submit(chat, client)
         assert busy.wait(30)
