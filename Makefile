@@ -27,7 +27,7 @@ DATA       ?=
 ONLY       ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench convert export inspect preprocess clean show-mask train-value train-steerlm \
+.PHONY: help setup demo test lint bench convert export inspect preprocess clean inspect-data show-mask train-value train-steerlm \
         serve-value serve-steerlm annotate steer
 
 help:  ## list the targets
@@ -72,6 +72,9 @@ preprocess: $(READY)  ## OASST trees TREES -> TYPE records (TEXT_TO_VALUE or VAL
 clean: $(READY)  ## drop records of FILE that no longer train anything at SEQ_LEN tokens; writes OUT
 	$(PY) scripts/data_clean.py --dataset_file $(FILE) --output_file $(OUT) --library sentencepiece \
 	  --model_file $(TOKENIZER) --seq_len $(SEQ_LEN) $(ARGS)
+
+inspect-data: $(READY)  ## lengths, truncation, grades, languages, duplicates, leaks of FILE (several in quotes); page OUT
+	$(PY) scripts/inspect_data.py $(FILE) --model_file $(TOKENIZER) --seq_len $(SEQ_LEN) --html $(OUT) $(ARGS)
 
 show-mask: $(READY)  ## record LINE of FILE as training sees it: bytes, token ids, loss mask, the cut at SEQ_LEN
 	$(PY) scripts/show_mask.py --dataset_file $(FILE) --line $(LINE) --library sentencepiece \

@@ -13,7 +13,7 @@ from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG, AttributeSchema
 from steerlm_nemo.conversation import RecordRef
 from steerlm_nemo.data import chat, helpsteer, instructions, pairs, templated
 from steerlm_nemo.data.samples import Sample
-from steerlm_nemo.errors import InputError
+from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import RawLine
 
 Adapter = Callable[[Mapping[str, Any], RecordRef, AttributeSchema | None], list[Sample]]
@@ -30,6 +30,17 @@ class Format:
     reads: frozenset[str]  # keys that may be there too
     adapter: Adapter | None
     schema: AttributeSchema | None  # unless another is asked for; None: keep every attribute
+
+    def samples(self, line: RawLine, schema: AttributeSchema | None) -> list[Sample]:
+        """The conversations of a row of a dataset that has an adapter. Raises RecordError."""
+        if line.record is None:
+            raise RecordError(f"{line.ref}: {line.problem}")
+        if missing := self.needs - line.record.keys():
+            raise RecordError(
+                f"{line.ref}: missing key: {', '.join(sorted(missing))}; keys seen are {sorted(line.record)}"
+            )
+        assert self.adapter is not None
+        return self.adapter(line.record, line.ref, schema)
 
     def unread(self, record: Mapping[str, Any]) -> Iterable[str]:
         """Keys of a record that the adapter does not look at."""

@@ -11,21 +11,32 @@ apart is one unit of the shuffle: a tree; of other datasets, the rows that ask t
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import json
 import random
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring  # type: ignore[attr-defined]  # json.dumps(text, ensure_ascii=False), bare
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes, AttributeSchema, schema_named
-from steerlm_nemo.conversation import RECORD_TYPES, SYSTEM_PROMPT, USER, VALUE_TO_TEXT
+from steerlm_nemo.conversation import (
+    ASSISTANT,
+    RECORD_TYPES,
+    SYSTEM_PROMPT,
+    USER,
+    VALUE_TO_TEXT,
+    Conversation,
+    RecordRef,
+    RecordType,
+)
 from steerlm_nemo.data.containers import Lines, require_source
-from steerlm_nemo.data.formats import OASST_MESSAGES, OASST_TREES, Format, format_named, format_of
+from steerlm_nemo.data.formats import CHAT, OASST_MESSAGES, OASST_TREES, Format, format_named, format_of
 from steerlm_nemo.data.label_source import LabelSource, completed, said_so_far
 from steerlm_nemo.data.oasst import Message, paths
 from steerlm_nemo.data.oasst_messages import MessageTrees
@@ -36,6 +47,10 @@ from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record
 # Python's JSON reader counts two levels per turn, so its default of 1000 refuses a thread of 500 turns.
 DEEPEST_JSON = 10_000
 AUTO = "auto"
+
+
+def allow_deep_json() -> None:
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), DEEPEST_JSON))
 
 
 def shuffled_order(num_trees: int, seed: int) -> Sequence[int]:
@@ -133,12 +148,25 @@ class Options:
     """How records are written. `schema` None: the format's own."""
 
     mask_role: str = USER
-    record_type: str = RECORD_TYPES[0]
+    record_type: RecordType = RECORD_TYPES[0]
     schema: AttributeSchema | None = None
     filters: Filters = field(default_factory=Filters)
     compat: bool = False  # the reference's bytes where they are not what a user would want
     system: str | None = None  # instead of the system prompt of records that have none of their own
     fill: Attributes = field(default_factory=lambda: Attributes(()))  # for graded responses that lack these
+
+    def check(self) -> None:
+        """Raise InputError for a type or a speaker that no record can have."""
+        if self.record_type not in RECORD_TYPES:
+            raise InputError(f"--type is {self.record_type!r}; it must be {' or '.join(RECORD_TYPES)}")
+        for role in self.mask_role.split(","):
+            if role.strip() not in (USER, ASSISTANT):
+                near = difflib.get_close_matches(role.strip().capitalize(), (USER, ASSISTANT), n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InputError(
+                    f"--mask_role is {self.mask_role!r}, but the speakers are {USER} and {ASSISTANT}{hint} With any "
+                    "other, data_clean would leave out every record"
+                )
 
 
 def preprocess(
@@ -161,8 +189,7 @@ def preprocess(
         InputError: an unusable file or argument, or no conversation to write.
         RecordError: an unusable record in strict mode.
     """
-    if options.record_type not in RECORD_TYPES:
-        raise InputError(f"--type is {options.record_type!r}; it must be {' or '.join(RECORD_TYPES)}")
+    options.check()
     if not 0 <= split_ratio <= 1:
         raise InputError(f"--split_ratio is {split_ratio}; it is the share of trees for training, from 0 to 1")
     chosen = None if format_name == AUTO else format_named(format_name)
@@ -171,7 +198,7 @@ def preprocess(
     for output in outputs.values():
         if output.exists() and Path(input_file).exists() and output.samefile(input_file):
             raise InputError(f"{output} is the input itself; choose another --output_file_prefix")
-    sys.setrecursionlimit(max(sys.getrecursionlimit(), DEEPEST_JSON))
+    allow_deep_json()
 
     from tqdm import tqdm
 
@@ -192,11 +219,51 @@ def preprocess(
         order = shuffled_order(len(source), seed)
         for position, unit in enumerate(tqdm(order, desc="Preprocessing", unit=" units", file=sys.stderr)):
             records, in_train = source.records(unit, position < num_train)
-            (train if in_train else val).writelines(record + "\n" for record in records)
+            (train if in_train else val).writelines(record + "\n" for _, record in records)
             run.tally.conversations["train" if in_train else "val"] += len(records)
         if not trees.counts["written"]:
             raise InputError(f"{input_file}: no conversation to write. {run.tally.units}: {trees.summary()}")
     return run.tally
+
+
+class Thread(NamedTuple):
+    """A conversation as it would be written, and the language of each turn where the source says so."""
+
+    conversation: Conversation
+    langs: tuple[str | None, ...]
+
+
+def threads(
+    input_file: str | Path, options: Options, records: Accounting, format_name: str = AUTO, scratch_dir: Path = Path()
+) -> Iterator[Thread]:
+    """Every conversation that `preprocess` would write, in the order of the file; `records` as there.
+
+    Records of our own flow keep their type and speakers, and may have a single turn.
+
+    Raises:
+        InputError: an unusable file or argument.
+    """
+    options.check()
+    chosen = None if format_name == AUTO else format_named(format_name)
+    require_source(input_file)
+    allow_deep_json()
+    with records, Lines(input_file, scratch_dir) as lines:
+        shape = chosen or format_of((lines[index] for index in range(len(lines))), str(input_file))
+        run = _Run(options, shape, records, Tally(shape.name, schema=options.schema or shape.schema), None)
+        if shape.adapter is not None:
+            for index in range(len(lines)):
+                yield from run.row_threads(lines[index])
+            return
+        source = run.source(lines)
+        for unit in range(len(source)):
+            for ref, text in source.records(unit, True)[0]:
+                yield _own_thread(json.loads(text), ref)
+
+
+def _own_thread(record: Mapping[str, Any], ref: RecordRef) -> Thread:
+    conversation = Conversation.from_record(record, ref)
+    conversation.require_unicode()
+    return Thread(conversation, tuple(turn.get("lang") for turn in record["conversations"]))
 
 
 @dataclass
@@ -225,6 +292,28 @@ class _Run:
 
     def reject(self, line: RawLine, problem: str) -> None:
         self.trees.rejected(line.ref, problem, line.raw)
+
+    def row_threads(self, line: RawLine) -> list[Thread]:
+        """The conversations of a row; none if it is unusable, which is then accounted for."""
+        try:
+            if self.format.name == CHAT and line.record is not None and "type" in line.record:
+                found = [_own_thread(line.record, line.ref)]
+            else:
+                found = []
+                for sample in self.format.samples(line, self.schema):
+                    mask = self.options.mask_role if sample.mask is None else sample.mask
+                    conversation = replace(
+                        sample.conversation,
+                        type=self.options.record_type,
+                        mask_roles=tuple(role.strip() for role in mask.split(",")),
+                    )
+                    conversation.require_unicode()
+                    found.append(Thread(conversation, tuple(sample.langs) or (None,) * len(conversation.turns)))
+        except RecordError as err:
+            self.reject(line, str(err).removeprefix(f"{line.ref}: ").removeprefix(f"{line.ref} "))
+            return []
+        self.trees.written()
+        return found
 
     def attributes(self, own: Attributes | None, role: str, message_id: str | None) -> Attributes | None:
         """A turn's attributes, completed from the label file and, for graded responses, from the defaults."""
@@ -329,6 +418,9 @@ class _Run:
         return dump_record({**record, **sample.fields})
 
 
+Placed = tuple[RecordRef, str]  # a record as it is written, and where it came from
+
+
 class Filtered(Exception):
     """A tree of which nothing is to be written, though nothing is wrong with it."""
 
@@ -347,7 +439,7 @@ class _Trees:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def records(self, unit: int, in_train: bool) -> tuple[list[str], bool]:
+    def records(self, unit: int, in_train: bool) -> tuple[list[Placed], bool]:
         """The records of a tree and whether they belong to the training side."""
         run, line = self._run, self._lines[unit]
         try:
@@ -359,7 +451,7 @@ class _Trees:
             tree_id = line.record.get("message_tree_id")
             if not isinstance(tree_id, str):
                 raise RecordError(f"{line.ref}: no message_tree_id: keys seen are {sorted(line.record)}")
-            records = run.dump_paths(kept, tree_id)
+            records = [(line.ref, record) for record in run.dump_paths(kept, tree_id)]
         except Filtered as reason:
             run.trees.filtered(str(reason))
         except UnicodeEncodeError as err:
@@ -383,7 +475,7 @@ class _Messages:
     def __len__(self) -> int:
         return len(self._trees)
 
-    def records(self, unit: int, in_train: bool) -> tuple[list[str], bool]:
+    def records(self, unit: int, in_train: bool) -> tuple[list[Placed], bool]:
         """The records of a tree and whether they belong to the training side."""
         run, first = self._run, self._trees.first(unit)
         rejected: set[int] = set()
@@ -394,12 +486,13 @@ class _Messages:
 
         assert run.schema is not None
         found, line_of = self._trees.paths(unit, run.schema, reject)
-        records: list[str] = []
+        records: list[Placed] = []
         try:
             run.refuse_tree(first)
             kept = run.kept_paths(found)
             tree_id = first.get("message_tree_id")
-            records = run.dump_paths(kept, tree_id if isinstance(tree_id, str) else first["message_id"])
+            dumped = run.dump_paths(kept, tree_id if isinstance(tree_id, str) else first["message_id"])
+            records = [(line_of[str(path[-1].id)].ref, record) for path, record in zip(kept, dumped, strict=True)]
             written = {message.id for path in kept for message in path}
             reason = "every path left out by the filters"
         except Filtered as filtered:
@@ -436,16 +529,9 @@ class _Rows:
         return len(self._units)
 
     def _samples(self, line: RawLine) -> list[Sample]:
-        if line.record is None:
-            raise RecordError(f"{line.ref}: {line.problem}")
-        if missing := self._run.format.needs - line.record.keys():
-            raise RecordError(
-                f"{line.ref}: missing key: {', '.join(sorted(missing))}; keys seen are {sorted(line.record)}"
-            )
-        assert self._run.format.adapter is not None
-        return self._run.format.adapter(line.record, line.ref, self._run.schema)
+        return self._run.format.samples(line, self._run.schema)
 
-    def records(self, unit: int, in_train: bool) -> tuple[list[str], bool]:
+    def records(self, unit: int, in_train: bool) -> tuple[list[Placed], bool]:
         """The records of rows that stay together and whether they belong to the training side."""
         run, records = self._run, []
         for index in self._units[unit]:
@@ -456,7 +542,7 @@ class _Rows:
             except UnicodeEncodeError as err:
                 run.reject(line, _surrogate(err))
                 continue
-            records += found
+            records += [(line.ref, record) for record in found]
             run.trees.written()
             run.tally.unread.update(run.format.unread(line.record))
         return records, in_train

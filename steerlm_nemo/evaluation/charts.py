@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -66,9 +66,61 @@ def line_chart(
         if line.name:
             y = _TOP + 14 * (i + 1)
             marks.append(f'<text x="{width - 20}" y="{y}" text-anchor="end" fill="{colour}">{escape(line.name)}</text>')
+    return _svg(width, height, marks)
+
+
+def _svg(width: int, height: int, drawn: Iterable[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="11" '
-        f'font-family="sans-serif" role="img">{"".join(marks)}</svg>'
+        f'font-family="sans-serif" role="img">{"".join(drawn)}</svg>'
+    )
+
+
+def bar_chart(
+    bars: Mapping[str, Sequence[float]],
+    labels: Sequence[str],
+    x_label: str,
+    y_label: str,
+    *,
+    width: int = 320,
+    height: int = 200,
+) -> str:
+    """An SVG: for each label a group of bars, one per name in `bars`, side by side. Heights are shares from 0 to 1."""
+    highest = max((share for shares in bars.values() for share in shares), default=0.0) or 1.0
+    room = (width - _LEFT - _RIGHT) / max(len(labels), 1)
+    bar = room * 0.8 / max(len(bars), 1)
+    drawn = []
+    for i in range(5):
+        y = round(height - _BOTTOM - i / 4 * (height - _TOP - _BOTTOM), 1)
+        drawn.append(f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{highest * i / 4:.0%}</text>')
+        drawn.append(f'<path d="M{_LEFT} {y}H{width - _RIGHT}" stroke="#e3e8ef"/>')
+    widest = 10 + 7 * max(map(len, labels), default=0)  # pixels; labels must not run into each other
+    every = -(-len(labels) * widest // (width - _LEFT - _RIGHT))
+    for i, label in enumerate(labels):
+        x = _LEFT + room * (i + 0.5)
+        if i % every == 0:
+            drawn.append(f'<text x="{x:.1f}" y="{height - _BOTTOM + 15}" text-anchor="middle">{escape(label)}</text>')
+        for j, (name, shares) in enumerate(bars.items()):
+            tall = shares[i] / highest * (height - _TOP - _BOTTOM)
+            left = x - room * 0.4 + bar * j
+            drawn.append(
+                f'<rect x="{left:.1f}" y="{height - _BOTTOM - tall:.1f}" width="{max(bar - 1, 1):.1f}" '
+                f'height="{tall:.1f}" fill="{COLOURS[j % len(COLOURS)]}"><title>{escape(name)}, {escape(label)}: '
+                f"{shares[i]:.1%}</title></rect>"
+            )
+    drawn.append(f'<text x="{(width + _LEFT) / 2}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    drawn.append(
+        f'<text transform="translate(9 {height / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
+    return _svg(width, height, drawn)
+
+
+def legend(names: Sequence[str]) -> str:
+    """An HTML line that says which colour is whose."""
+    return "<p>" + " ".join(
+        f'<span style="white-space:nowrap;margin-right:1.5em"><span style="display:inline-block;width:.8em;height:.8em;'
+        f'background:{COLOURS[i % len(COLOURS)]}"></span> {escape(name)}</span>'
+        for i, name in enumerate(names)
     )
 
 

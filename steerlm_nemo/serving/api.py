@@ -1,5 +1,6 @@
 """The HTTP side of `megatron_gpt_eval`: the index of its routes, and `/generate` as NeMo's clients know it.
 
+    GET /                   the steering page
     PUT, POST /generate     NeMo's text generation request and answer
     POST /v1/chat/completions, /v1/completions; GET /v1/models    as OpenAI's clients use them (see openai_api)
     GET /health             model name, state, tensor parallel size, number type: 200 as long as the process lives
@@ -35,6 +36,7 @@ from steerlm_nemo.serving.front import FrontDoor, HttpSettings
 from steerlm_nemo.serving.lines import line_answer, line_samples
 from steerlm_nemo.serving.openai_api import openai_routes
 from steerlm_nemo.serving.openapi import document
+from steerlm_nemo.serving.page import page
 from steerlm_nemo.serving.request import BadRequest, GenerateRequest
 from steerlm_nemo.serving.sampling import Completion, Engine, ModelInfo
 from steerlm_nemo.serving.web import json_body, json_response
@@ -111,6 +113,7 @@ def build_app(
 
     app = Starlette(
         routes=[
+            Route("/", page),
             Route("/generate", generate, methods=["PUT", "POST"]),
             *openai_routes(calls),
             annotate_route(calls),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trees import labels, simple_tree
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.conversation import RECORD_TYPES, SYSTEM_PROMPT
@@ -18,16 +19,6 @@ from steerlm_nemo.records import Accounting
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "preprocessing.py"
 GENUINE = ("oasst1-en-validation", "oasst2-animals-trees", "oasst-unlabelled-trees")
-
-
-def labels(**values):
-    return {name: {"value": value, "count": 3} for name, value in values.items()}
-
-
-def simple_tree(name, **fields):
-    reply = {"text": f"answer {name}", "role": "assistant", "replies": [], "lang": "en", "labels": labels(quality=1)}
-    prompt = {"text": f"question {name}", "role": "prompter", "lang": "en", "labels": {}, "replies": [reply]}
-    return {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": prompt, **fields}
 
 
 def write_trees(path, trees):
@@ -375,63 +366,6 @@ def test_no_genuine_tree_is_on_both_sides(shared_data, tmp_path):
     assert dict(trees.counts) == {"written": 82, "filtered": 304}
 
 
-def malformed_lines():
-    """One of each class of malformed input: (name, raw line, whether the line can still be written)."""
-    good = simple_tree("x")
-    cyclic = {**simple_tree("c"), "message_id": "a", "parent_id": "a"}
-    thread = reply = {"text": "t", "role": "prompter", "replies": []}
-    for _ in range(499):
-        reply["replies"] = [{"text": "t", "role": "assistant", "replies": []}]
-        reply = reply["replies"][0]
-    markers = "<extra_id_1>User\\n\x11\x12quality:4"
-
-    def with_text(text):
-        tree = simple_tree("x")
-        tree["prompt"]["replies"][0]["text"] = text
-        return tree
-
-    def with_labels(value):
-        tree = simple_tree("x")
-        tree["prompt"]["replies"][0]["labels"] = value
-        return tree
-
-    def dump(tree):
-        return json.dumps(tree).encode()
-
-    return [
-        ("bad UTF-8", dump(good).replace(b"answer", b"answer\xff"), False),
-        ("truncated JSON", dump(good)[:-20], False),
-        ("carriage return", dump(good) + b"\r", True),
-        ("missing labels", dump(with_labels(None)).replace(b'"labels": null', b'"other": null'), True),
-        ("null label", dump(with_labels(None)), True),
-        ("value out of range", dump(with_labels(labels(quality=1.5))), False),
-        ("NaN value", dump(with_labels(labels(quality=float("nan")))), False),
-        ("unknown role", dump(good).replace(b'"assistant"', b'"narrator"'), False),
-        ("empty text", dump(with_text("")), True),
-        ("5 MB text", dump(with_text("long " * 1_000_000)), True),
-        ("500-turn thread", dump(simple_tree("x", prompt=thread)), True),
-        ("duplicate id", dump(simple_tree("0")), True),
-        ("cyclic parent ids", dump(cyclic), True),
-        ("lone surrogate", dump(with_text("\ud800")), False),
-        ("markers in a text", dump(with_text(markers)), True),
-    ]
-
-
-def test_malformed_input_of_every_class_is_accounted_for(tmp_path):
-    lines = [json.dumps(simple_tree(str(number))).encode() for number in range(1500)]
-    bad = malformed_lines()
-    for number, (_, raw, _) in enumerate(bad):
-        lines.insert(100 * number + 7, raw)
-    (tmp_path / "trees.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    trees, _ = run(tmp_path / "trees.jsonl", tmp_path / "out")
-    num_bad = sum(not usable for _, _, usable in bad)
-    assert num_bad == 6
-    assert trees.summary().startswith(f"1515 read = {1515 - num_bad} written + 0 filtered + {num_bad} rejected")
-    rejects = [json.loads(line) for line in trees.rejects_path.read_text().splitlines()]
-    places = {int(reject["where"].rpartition(":")[2]) for reject in rejects}
-    assert places == {100 * number + 8 for number, (_, _, usable) in enumerate(bad) if not usable}
-
-
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates and control characters too
 
 
@@ -582,6 +516,7 @@ def test_the_script_takes_filters(tmp_path):
         (["--split_ratio=1.5"], "--split_ratio is 1.5"),
         (["--split_ratio=half"], "--split_ratio is 'half'"),
         (["--seed=1.5"], "--seed is 1.5"),
+        (["--mask_role=user"], "--mask_role is 'user', but the speakers are User and Assistant; did you mean User?"),
         (["--sed=1"], "unknown flag --sed; did you mean --seed?"),
         (["--schema=nemo"], "unknown attribute schema 'nemo'"),
         (["--compat=nemo2"], "--compat is 'nemo2'"),

@@ -103,8 +103,13 @@ def make_tokenizer(folder: Path) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(folder / "tokenizer.model")
 
 
-def make_model(folder: Path, record_type: str | None, steps: int) -> SteerLMFormat:
-    """Train a tiny Llama on `record_type` (None: leave it random) and save it, tokenizer included, to the folder."""
+def make_model(
+    folder: Path, record_type: str | None, steps: int, records: list[Conversation] | None = None
+) -> SteerLMFormat:
+    """Train a tiny Llama on `record_type` (None: leave it random) and save it, tokenizer included, to the folder.
+
+    `records`, 32 at least, take the place of the tiny world's own conversations.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(0)
@@ -120,7 +125,8 @@ def make_model(folder: Path, record_type: str | None, steps: int) -> SteerLMForm
         )
     )
     if record_type is not None:
-        _train(model, [TEMPLATE.render(c, tokenizer) for c in conversations(2000, record_type, seed=2)], steps)
+        records = records or conversations(2000, record_type, seed=2)
+        _train(model, [TEMPLATE.render(record, tokenizer) for record in records], steps)
     model.save_pretrained(folder)
     return SteerLMFormat(TEMPLATE, SCHEMA, record_type or "TEXT_TO_VALUE")
 

@@ -1,0 +1,137 @@
+"""Each class of malformed input in 1 % of the lines, through every step that reads data: no crash, nothing lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from trees import malformed_lines, simple_tree
+
+from steerlm_nemo.attributes import NEMO12_LANG
+from steerlm_nemo.data.cleaning import Cleaner, clean_file
+from steerlm_nemo.data.inspection import inspect_file
+from steerlm_nemo.data.preprocessing import Options, preprocess
+from steerlm_nemo.errors import RecordError
+from steerlm_nemo.records import Accounting, dump_record
+from steerlm_nemo.template import ChatTemplate
+
+NUM_OF_EACH = 3
+
+
+def malformed_records():
+    """As `malformed_lines`, for chat records: (class, line, kept by data_clean, accepted by training)."""
+
+    def chat(text="Hi", label="quality:4,toxicity:0", role="Assistant", **fields):
+        turns = [{"value": text, "from": "User", "label": None}, {"value": "Yes.", "from": role, "label": label}]
+        return {"conversations": turns, "system": "SYS.\n\n", "mask": "User", "type": "VALUE_TO_TEXT", **fields}
+
+    good = json.dumps(chat()).encode()
+    unlabelled = chat()
+    del unlabelled["conversations"][1]["label"]
+    thread = chat()
+    thread["conversations"] *= 250
+    return [
+        ("bad UTF-8", good.replace(b"Yes", b"\xff"), False, False),
+        ("truncated JSON", good[:-20], False, False),
+        ("carriage return", good + b"\r", True, True),
+        ("missing label", json.dumps(unlabelled).encode(), True, True),
+        ("null label", json.dumps(chat(label=None)).encode(), True, True),
+        ("value out of range", json.dumps(chat(label="quality:9")).encode(), True, False),
+        ("NaN value", json.dumps(chat(label="quality:nan")).encode(), False, False),
+        ("NaN in JSON", json.dumps(chat(score=float("nan"))).encode(), False, False),
+        ("unknown role", json.dumps(chat(role="Narrator")).encode(), True, True),
+        ("role that is no text", json.dumps(chat(role=7)).encode(), False, False),
+        ("empty text", json.dumps(chat(text="")).encode(), True, True),
+        ("5 MB text", json.dumps(chat(text="long " * 1_000_000)).encode(), False, True),  # no target within the length
+        ("500-turn thread", json.dumps(thread).encode(), True, True),
+        ("duplicate id", json.dumps(chat(tree_id="0")).encode(), True, True),
+        ("cyclic parent ids", json.dumps(chat(message_id="a", parent_id="a")).encode(), True, True),
+        ("lone surrogate", json.dumps(chat(text="\ud800")).encode(), False, False),
+        ("markers in a text", json.dumps(chat(text="\x11Assistant\n\x12quality:0\n")).encode(), True, True),
+    ]
+
+
+def file_of(path, good_line, bad_lines):
+    """100 lines per class and repetition, one of them malformed. Returns class -> line numbers."""
+    lines = [good_line(number) for number in range(100 * NUM_OF_EACH - NUM_OF_EACH * len(bad_lines))]
+    places = {}
+    for number in range(NUM_OF_EACH * len(bad_lines)):
+        lines.insert(5 * number, bad_lines[number % len(bad_lines)])
+    for number in range(NUM_OF_EACH * len(bad_lines)):
+        places.setdefault(number % len(bad_lines), []).append(5 * number + 1)
+    # A byte order mark before all of it.
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n")
+    return places, len(lines)
+
+
+def rejected_lines(accounting):
+    if not accounting.counts["rejected"]:
+        return set()
+    rejects = [json.loads(line) for line in accounting.rejects_path.read_text().splitlines()]
+    assert all(reject["reason"] and "raw" in reject for reject in rejects)
+    return {int(reject["where"].rpartition(":")[2]) for reject in rejects}
+
+
+def test_trees_through_preprocessing_and_inspection(tmp_path):
+    classes = malformed_lines()
+    source = tmp_path / "trees.jsonl"
+    places, num_lines = file_of(
+        source, lambda number: json.dumps(simple_tree(str(number))).encode(), [raw for _, raw, _ in classes]
+    )
+    expected = {line for i, (_, _, usable) in enumerate(classes) if not usable for line in places[i]}
+
+    accounting = Accounting.beside(tmp_path / "out")
+    preprocess(source, tmp_path / "out", split_ratio=0.9, seed=10, options=Options(), trees=accounting)
+    assert dict(accounting.counts) == {"written": num_lines - len(expected), "rejected": len(expected)}
+    assert rejected_lines(accounting) == expected
+
+    found = inspect_file(str(source), Options(), ChatTemplate(), None, "auto", tmp_path)
+    assert dict(found.records.counts) == dict(accounting.counts)
+    assert {int(where.rpartition(":")[2]) for where, _ in found.rejects} == expected
+
+
+def test_records_through_data_clean_training_and_inspection(tmp_path, small_tokenizer):
+    from steerlm_nemo.training.dataset import ChatDataset
+
+    classes = malformed_records()
+    source = tmp_path / "records.jsonl"
+    good = {
+        "conversations": [
+            {"value": "Hi", "from": "User", "label": None},
+            {"value": "Yes.", "from": "Assistant", "label": "quality:3"},
+        ],
+        "system": "SYS.\n\n",
+        "mask": "User",
+        "type": "VALUE_TO_TEXT",
+    }
+    places, num_lines = file_of(source, lambda number: dump_record(good).encode(), [raw for _, raw, _, _ in classes])
+    unusable = {
+        line for i, (name, _, kept, _) in enumerate(classes) if not kept and "5 MB" not in name for line in places[i]
+    }
+    untrainable = {line for i, (_, _, _, accepted) in enumerate(classes) if not accepted for line in places[i]}
+
+    accounting = Accounting.beside(tmp_path / "clean.jsonl")
+    clean_file(source, tmp_path / "clean.jsonl", Cleaner(ChatTemplate(), small_tokenizer, 4096), accounting)
+    assert dict(accounting.counts) == {
+        "written": num_lines - len(unusable) - NUM_OF_EACH,
+        "filtered": NUM_OF_EACH,
+        "rejected": len(unusable),
+    }
+    assert rejected_lines(accounting) == unusable
+
+    def load(path):
+        return ChatDataset(path, small_tokenizer, ChatTemplate(), 4096, 16, None, NEMO12_LANG)
+
+    with pytest.raises(RecordError) as caught:
+        load(source)
+    first, *named = str(caught.value).split("\n  ")
+    assert f"{len(untrainable)} of {num_lines} records cannot be used" in first
+    assert {int(problem.removeprefix(f"{source}:").split(" ")[0].rstrip(":")) for problem in named} == untrainable
+    with pytest.raises(RecordError, match=f"{NUM_OF_EACH} of {num_lines - len(unusable) - NUM_OF_EACH} records"):
+        load(tmp_path / "clean.jsonl")  # a grade out of range is for training to refuse: it alone knows the schema
+
+    found = inspect_file(str(source), Options(), ChatTemplate(), small_tokenizer, "auto", tmp_path)
+    assert dict(found.records.counts) == {"written": num_lines - len(unusable), "rejected": len(unusable)}
+    assert {int(where.rpartition(":")[2]) for where, _ in found.rejects} == unusable
+    assert found.turns[500] == NUM_OF_EACH
+    assert found.num_with_markers == NUM_OF_EACH
