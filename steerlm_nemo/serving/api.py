@@ -134,6 +134,7 @@ def build_app(
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # its redirects repeat the Host that the client names
     app.state.door, app.state.max_body_bytes = door, http.max_body_bytes
     app.add_middleware(door.around, routes=app.routes)
     return app

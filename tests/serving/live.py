@@ -82,6 +82,16 @@ class ServerProcess:
     def start(self) -> None:
         self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
+    def start_quietly(self) -> None:
+        """The same, what it says going to a file: a pipe that nobody reads would stop it in the end."""
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self.process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log, text=True)
+
+    def log(self) -> str:
+        """What a quiet server has said."""
+        self._log.seek(0)
+        return self._log.read()
+
     def wait_ready(self) -> None:
         while True:
             assert self.process.poll() is None, self.process.stderr.read() if self.process.stderr else ""

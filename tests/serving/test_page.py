@@ -25,6 +25,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from steerlm_nemo.conversation import VALUE_TO_TEXT, Conversation, RecordRef, Turn
+from steerlm_nemo.serving.front import HttpSettings
 from steerlm_nemo.template import SteerLMFormat
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -336,7 +337,7 @@ def is_idle(engine: HFEngine) -> bool:
 
 
 def test_a_prompt_that_is_too_long_a_full_queue_and_a_wrong_setting_are_told(page: Page, endless: HFEngine) -> None:
-    with live.run_engine(endless, max_waiting_requests=0) as port:
+    with live.run_engine(endless, http=HttpSettings(max_waiting_requests=0)) as port:
         page.open(port)
         page.one("#compare").click()
         page.ask("Tell me.")
