@@ -83,6 +83,17 @@ class KVCache:
         self._promised[line] -= count
         return places
 
+    def shrink(self, line: int, length: int) -> None:
+        """Give back what a running row computed on trial, beyond its first `length` tokens."""
+        dropped = self.places[line, length : self.lengths[line]]
+        if not len(dropped):
+            return
+        self._users[dropped] -= 1
+        self._free.extend(dropped[self._users[dropped] == 0].tolist())
+        self._promised[line] += len(dropped)
+        self.tokens[line, length : self.lengths[line]] = _NO_TOKEN
+        self.lengths[line] = length
+
     def close(self, line: int) -> None:
         """The row has ended; what is computed stays for others until it is evicted."""
         self.tokens[line, self.lengths[line] :] = _NO_TOKEN

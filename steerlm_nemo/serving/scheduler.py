@@ -2,6 +2,10 @@
 
 Rows join and leave between steps. A step takes the pending tokens of every row (the one just drawn, with the forced
 ones after it), and fills up with pieces of prompts, so that a long prompt does not stall the rows that generate.
+
+A constrained row computes ahead: the values that rows like it chose lately are fed as if they had been chosen, and the
+logits of all those places come from one forward pass. What the model then chooses decides; from the first value that
+differs, what was computed is given back. So the line is the same, and takes a few passes instead of one per value.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import numpy as np
 import torch
 
 from steerlm_nemo.serving.cache import KVCache
+from steerlm_nemo.serving.guesses import Guesses, branches
 from steerlm_nemo.serving.sampler import drawn_tokens, greedy_tokens
 from steerlm_nemo.serving.sampling import (
     Choice,
@@ -31,6 +36,8 @@ from steerlm_nemo.serving.text import last_text
 
 # A row waits for a neighbour that is about to compute so many more tokens of its prompt than the cache has.
 _WORTH_WAITING_FOR = 8
+# What is fed on trial is right at least so often.
+_WORTH_GUESSING = 0.75
 
 
 class DrawError(RuntimeError):
@@ -74,15 +81,20 @@ class _Row:
 
     number: int
     sample: Sample
-    ids: list[int]
+    ids: list[int]  # prompt, what was drawn, and what is forced after it
     generator: torch.Generator | None
     line: int = -1  # of the cache
     fed: int = 0  # tokens whose keys and values are in the cache
-    num_fed_now: int = 0  # in the step under way
+    num_fed_now: int = 0  # in the step under way, guessed ones included
+    wanted: range | list[int] = field(default_factory=list)  # positions whose logits the step under way is to give
+    num_told: int = 0  # generated tokens in events
     ends: str | None = None  # finish_reason; only log-probabilities are still to come
     step: int = 0  # of the constraint
     taken: tuple[int, ...] = ()  # tokens of that step so far
-    option_logprobs: list[float] = field(default_factory=list)  # of that step's options, as far as told apart
+    previous: int = -1  # what the last choice was, as a place among its options
+    guessed: list[int] = field(default_factory=list)  # tokens after `ids`, fed on trial
+    asks: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # position, tokens permitted after it
+    option_logprobs: list[float] = field(default_factory=list)  # of the step's options, as far as told apart
     choices: list[Choice] = field(default_factory=list)
     num_overruled: int = 0
     logprob: list[float] = field(default_factory=list)
@@ -135,6 +147,7 @@ class Scheduler:
         self._running: dict[int, _Row] = {}
         self._in_step: list[_Row] = []
         self._joined: list[tuple[int, int]] = []  # (line, tokens it takes over) since the last step
+        self._guesses = Guesses()
         self.counters = EngineCounters()
 
     def add(self, sample: Sample) -> int:
@@ -145,7 +158,10 @@ class Scheduler:
                 generator.seed()
             else:
                 generator.manual_seed(sample.random_seed)
-        self._waiting.append(_Row(self._num_rows, sample, list(sample.prompt_ids), generator))
+        row = _Row(self._num_rows, sample, list(sample.prompt_ids), generator)
+        if sample.constraint:
+            self._follow_forced(row)
+        self._waiting.append(row)
         return self._num_rows
 
     def cancel(self, number: int) -> None:
@@ -177,17 +193,21 @@ class Scheduler:
         places: list[np.ndarray] = []
         wanted: list[int] = []
         for row in rows:
-            new = row.ids[row.fed : row.fed + row.num_fed_now]
+            end = row.fed + row.num_fed_now
+            new = row.ids[row.fed : end]
+            new += row.guessed[: row.num_fed_now - len(new)]
             places.append(cache.extend(row.line, new))
-            first = row.num_fed_now  # of the step's tokens, the first whose logits are wanted
             if row.first_scored is not None:
-                first = max(row.first_scored - row.fed, 0)
-            elif row.fed + row.num_fed_now == len(row.ids):
-                first = row.num_fed_now - 1
-            wanted += range(start + first, start + row.num_fed_now)
+                row.wanted = range(max(row.first_scored, row.fed), end)
+            elif row.sample.constraint:
+                row.asks = [ask for ask in row.asks if ask[0] < end]
+                row.wanted = [position for position, _ in row.asks]
+            else:
+                row.wanted = range(end - 1, end if end == len(row.ids) else end - 1)
+            wanted += [start + position - row.fed for position in row.wanted]
             start += row.num_fed_now
             num_prompt = len(row.sample.prompt_ids)
-            self.counters.prefilled_tokens += max(min(row.fed + row.num_fed_now, num_prompt) - row.fed, 0)
+            self.counters.prefilled_tokens += max(min(end, num_prompt) - row.fed, 0)
         lines = np.array([row.line for row in rows], np.int64)
         num_new = np.array([row.num_fed_now for row in rows], np.int64)
         totals = np.array([row.fed + row.num_fed_now for row in rows], np.int64)
@@ -208,33 +228,40 @@ class Scheduler:
     def take(self, logits_NV: torch.Tensor) -> list[Event]:
         """What the wanted logits of the planned step make of its rows."""
         logits = logits_NV[:, : self._info.vocab_size]
-        last, drawing, spans, start = [], [], [], 0
+        events: list[Event] = []
+        free: list[tuple[_Row, int]] = []  # and the place of the logits that decide
+        constrained: list[tuple[_Row, int]] = []  # and the place of the first ask's
+        spans, start = [], 0
         for row in self._in_step:
             row.fed += row.num_fed_now
-            if row.first_scored is not None:
-                first = max(row.first_scored, row.fed - row.num_fed_now)
-                count = max(row.fed - first, 0)
-                spans.append((row, first, start, count))
-            else:
-                count = int(row.fed == len(row.ids))
-            start += count
-            if row.fed == len(row.ids) and row.ends is None:
-                last.append(start - 1)
-                drawing.append(row)
-        events: list[Event] = []
-        if drawing:
-            self._draw(drawing, logits[torch.tensor(last, device=logits.device)], events)
-        for row, first, begin, count in spans:
-            if count and row.number in self._running:
-                self._score(row, first, logits[begin : begin + count])
-        events = [self._with_scores(event) if isinstance(event, TokenMade) else event for event in events]
+            if row.first_scored is not None and row.wanted:
+                spans.append((row, start))
+            last = start + len(row.wanted) - 1
+            if row.ends is None and row.fed >= len(row.ids):
+                if row.sample.constraint:
+                    constrained.append((row, start if row.first_scored is None else last))
+                else:
+                    free.append((row, last))
+            start += len(row.wanted)
+        if free:
+            self._draw(free, logits, events)
+        if constrained:
+            self._choose_options(constrained, logits, events)
+        for row, begin in spans:
+            if row.number in self._running:
+                self._score(row, row.wanted[0], logits[begin : begin + len(row.wanted)])
         for row in self._in_step:
+            if row.number not in self._running:
+                continue
+            generated = row.ids[len(row.sample.prompt_ids) + row.num_told :]
+            events += [self._with_scores(TokenMade(row.number, token)) for token in generated]
+            row.num_told += len(generated)
+            self.counters.generated_tokens += len(generated)
             scored = row.first_scored is None or row.fed >= len(row.ids) - 1
-            if row.ends is not None and scored and row.number in self._running:
+            if row.ends is not None and scored:
                 self._leave(row)
                 events.append(Finished(row.number, row.completion()))
         self._in_step = []
-        self.counters.generated_tokens += sum(isinstance(event, TokenMade) for event in events)
         return events
 
     def _leave(self, row: _Row) -> None:
@@ -271,95 +298,134 @@ class Scheduler:
     def _choose(self) -> list[_Row]:
         """The rows of the next step, `num_fed_now` set: what generates first, then prompts, oldest first."""
         room = self._max_step_tokens
-        rows, prompts = [], []
+        rows: list[_Row] = []
+        prompts: list[_Row] = []
         for row in self._running.values():
-            if row.num_generated:
-                row.num_fed_now = min(len(row.ids) - row.fed, max(room, 1))
-                room -= row.num_fed_now
+            row.asks, row.guessed = [], []
+            (rows if row.fed >= len(row.sample.prompt_ids) else prompts).append(row)
+        num_generating = len(rows)
+        for place, row in enumerate([*rows, *prompts]):
+            if place >= num_generating:
+                if room <= 0 and rows:
+                    break
                 rows.append(row)
-            else:
-                prompts.append(row)
-        for row in prompts:
-            if room <= 0 and rows:
-                break
             row.num_fed_now = min(len(row.ids) - row.fed, max(room, 1))
             room -= row.num_fed_now
-            rows.append(row)
+            if row.sample.constraint and row.ends is None and row.fed + row.num_fed_now == len(row.ids):
+                self._guess(row)
+                num_guessed = min(len(row.guessed), max(room, 0))
+                row.num_fed_now += num_guessed
+                room -= num_guessed
         return rows
 
-    def _draw(self, rows: Sequence[_Row], logits_NV: torch.Tensor, events: list[Event]) -> None:
-        """Give each row its next token, and the forced ones that follow."""
-        early = [
-            place
-            for place, row in enumerate(rows)
-            if row.num_generated < row.sample.min_tokens_to_generate and not row.sample.constraint
-        ]
-        allowed_logits = logits_NV
+    def _draw(self, rows: Sequence[tuple[_Row, int]], logits_NV: torch.Tensor, events: list[Event]) -> None:
+        """Give each row its next token."""
+        allowed_logits = logits_NV[torch.tensor([place for _, place in rows], device=logits_NV.device)]
+        early = [n for n, (row, _) in enumerate(rows) if row.num_generated < row.sample.min_tokens_to_generate]
         if early:
-            allowed_logits = logits_NV.clone()
             allowed_logits[early, self._info.tokenizer.eos_id] = -torch.inf
         tokens, sound = greedy_tokens(allowed_logits)
-        free = [place for place, row in enumerate(rows) if not row.sample.greedy and not row.sample.constraint]
-        if free:
-            samples = [rows[place].sample for place in free]
-            chances = [float(torch.rand((), generator=rows[place].generator)) for place in free]
+        if free := [n for n, (row, _) in enumerate(rows) if not row.sample.greedy]:
             drawn, well = drawn_tokens(
                 allowed_logits[torch.tensor(free, device=logits_NV.device)],
-                samples,
-                [rows[place].ids for place in free],
-                chances,
+                [rows[n][0].sample for n in free],
+                [rows[n][0].ids for n in free],
+                [float(torch.rand((), generator=rows[n][0].generator)) for n in free],
             )
-            for place, token, fine in zip(free, drawn, well, strict=True):
-                tokens[place], sound[place] = token, sound[place] and fine
-        if constrained := [place for place, row in enumerate(rows) if row.sample.constraint]:
-            self._choose_options(rows, constrained, logits_NV, tokens)
-        for row, token, fine in zip(rows, tokens, sound, strict=True):
+            for n, token, fine in zip(free, drawn, well, strict=True):
+                tokens[n], sound[n] = token, sound[n] and fine
+        for (row, _), token, fine in zip(rows, tokens, sound, strict=True):
             if not fine:
-                self._leave(row)
-                error = DrawError("the model's logits are not finite; its weights or its precision are at fault")
-                events.append(Failed(row.number, error))
-            elif row.sample.constraint:
-                self._advance_constraint(row, token, events)
-            else:
-                row.ids.append(token)
-                events.append(TokenMade(row.number, token))
-                row.ends = self._finish_reason(row, token)
+                self._fail(row, events)
+                continue
+            row.ids.append(token)
+            row.ends = self._finish_reason(row, token)
 
-    def _choose_options(
-        self, rows: Sequence[_Row], constrained: Sequence[int], logits_NV: torch.Tensor, tokens: list[int]
-    ) -> None:
-        """The likeliest permitted token of each constrained row instead of the likeliest of all, into `tokens`."""
-        branches = [_branches(rows[place]) for place in constrained]
-        index = torch.tensor(constrained, device=logits_NV.device)
-        longest = max(map(len, branches))
-        padded = torch.tensor([[*b, *[b[0]] * (longest - len(b))] for b in branches], device=logits_NV.device)
-        mine = logits_NV[index]
+    def _fail(self, row: _Row, events: list[Event]) -> None:
+        self._leave(row)
+        error = DrawError("the model's logits are not finite; its weights or its precision are at fault")
+        events.append(Failed(row.number, error))
+
+    def _guess(self, row: _Row) -> None:
+        """Set `asks`, and `guessed`: how the line is likely to go on, as far as that is worth computing."""
+        steps = row.sample.constraint
+        step, taken, previous, chance = row.step, row.taken, row.previous, 1.0
+        row.asks = [(len(row.ids) - 1, branches(steps[step], taken))]
+        while row.first_scored is None:
+            options = steps[step]
+            place, share = self._guesses.likeliest(step, options, previous, taken)
+            chance *= share
+            if chance < _WORTH_GUESSING:
+                break
+            for done in range(len(taken), len(options[place])):
+                permitted = branches(options, options[place][:done])
+                if done > len(taken) and len(permitted) > 1:
+                    row.asks.append((len(row.ids) + len(row.guessed) - 1, permitted))
+                row.guessed.append(options[place][done])
+            step, taken, previous = step + 1, (), place
+            while step < len(steps) and len(steps[step]) == 1:
+                row.guessed += steps[step][0]
+                step += 1
+            if step == len(steps):
+                break
+            row.asks.append((len(row.ids) + len(row.guessed) - 1, branches(steps[step], ())))
+        del row.guessed[row.asks[-1][0] + 1 - len(row.ids) :]  # nothing is asked after these
+
+    def _choose_options(self, rows: Sequence[tuple[_Row, int]], logits_NV: torch.Tensor, events: list[Event]) -> None:
+        """The likeliest permitted token at each place asked about, as long as what was guessed before it is right."""
+        places = [first + n for row, first in rows for n in range(len(row.asks))]
+        permitted = [tokens for row, _ in rows for _, tokens in row.asks]
+        longest = max(map(len, permitted))
+        padded = torch.tensor([[*p, *[p[0]] * (longest - len(p))] for p in permitted], device=logits_NV.device)
+        mine = logits_NV[torch.tensor(places, device=logits_NV.device)]
+        best, sound = greedy_tokens(mine)
         logprobs = (mine.gather(1, padded) - mine.logsumexp(-1, keepdim=True)).tolist()
-        for place, branch, scores in zip(constrained, branches, logprobs, strict=True):
-            row, best = rows[place], tokens[place]
-            tokens[place] = max(zip(scores, branch, strict=False), key=lambda pair: (pair[0], -pair[1]))[1]
-            row.num_overruled += best not in branch
-            _tell_apart(row, dict(zip(branch, scores, strict=False)), tokens[place])
+        number = 0
+        for row, _ in rows:
+            fed = [*row.ids, *row.guessed][: row.fed]
+            end = number + len(row.asks)
+            for position, tokens in row.asks:
+                if not sound[number]:
+                    self._fail(row, events)
+                    break
+                scores = logprobs[number][: len(tokens)]
+                row.num_overruled += best[number] not in tokens
+                _tell_apart(row, dict(zip(tokens, scores, strict=True)), tokens[scores.index(max(scores))])
+                self._advance(row, tokens[scores.index(max(scores))])
+                number += 1
+                if fed[position + 1 : position + 2] != row.ids[position + 1 : position + 2]:
+                    break  # the guess was wrong, and so is all that was computed after it
+            number = end
+            if row.number in self._running:
+                row.fed = min(row.fed, _num_shared(fed, row.ids))
+                self._cache.shrink(row.line, row.fed)
 
-    def _advance_constraint(self, row: _Row, token: int, events: list[Event]) -> None:
+    def _advance(self, row: _Row, token: int) -> None:
         """Take a permitted token and all that must follow it."""
+        row.ids.append(token)
+        row.taken += (token,)
+        self._follow_forced(row)
+
+    def _follow_forced(self, row: _Row) -> None:
         steps = row.sample.constraint
         while True:
-            row.ids.append(token)
-            events.append(TokenMade(row.number, token))
-            row.taken += (token,)
             options = steps[row.step]
             if row.taken in options:
                 if len(options) > 1:
-                    row.choices.append(Choice(options.index(row.taken), tuple(row.option_logprobs)))
+                    place = options.index(row.taken)
+                    self._guesses.saw(row.step, options, row.previous, place)
+                    row.choices.append(Choice(place, tuple(row.option_logprobs)))
+                    row.previous = place
                 row.step, row.taken, row.option_logprobs = row.step + 1, (), []
                 if row.step == len(steps):
                     row.ends = "stop"
                     return
-            branches = _branches(row)
-            if len(branches) > 1:
+                continue
+            permitted = branches(options, row.taken)
+            if len(permitted) > 1:
                 return
-            token = branches[0]
+            row.ids.append(permitted[0])
+            row.taken += permitted
 
     def _score(self, row: _Row, first: int, logits_SV: torch.Tensor) -> None:
         """Log-probabilities of the tokens after positions first, first + 1, ..."""
@@ -400,13 +466,11 @@ def _size_class(num_new: int) -> int:
     return num_new if num_new <= 4 else 4 + num_new.bit_length()
 
 
-def _branches(row: _Row) -> list[int]:
-    """Next tokens the constraint permits."""
-    done = len(row.taken)
-    return sorted({option[done] for option in row.sample.constraint[row.step] if option[:done] == row.taken})
+def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _tell_apart(row: _Row, branches: dict[int, float], chosen: int) -> None:
+def _tell_apart(row: _Row, scores: dict[int, float], chosen: int) -> None:
     """Add what this branching tells about the options that were still together."""
     options = row.sample.constraint[row.step]
     done = len(row.taken)
@@ -415,4 +479,4 @@ def _tell_apart(row: _Row, branches: dict[int, float], chosen: int) -> None:
     num_sharing = Counter(token for _, token in together)
     for place, token in together:
         share = 1 if token == chosen else num_sharing[token]
-        row.option_logprobs[place] += branches[token] - math.log(share)
+        row.option_logprobs[place] += scores[token] - math.log(share)
