@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# Before anything imports torch. The models of the tests gain nothing from a second thread; on a busy machine two
+# threads wait for each other in every operation, spinning, and a fixture of seconds takes minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is no reason to fail: how long drawing an example takes is not what the tests are about.
 hypothesis.settings.register_profile(
