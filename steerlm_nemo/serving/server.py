@@ -86,6 +86,7 @@ def serve(app: Starlette, listener: socket.socket, name: str, drain_s: float = 3
         log_config=None,
         log_level="warning",
         access_log=False,  # ours has rows and milliseconds, and no addresses
+        timeout_keep_alive=75,  # longer than clients keep theirs (httpx: 5 s), or both ends would meet at the door
         timeout_graceful_shutdown=1,  # _Server has waited for the requests already
         lifespan="on",
         http=JsonProtocol,
