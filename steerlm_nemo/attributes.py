@@ -28,6 +28,10 @@ LANGUAGES = (
 )  # fmt: skip
 
 
+# A label comes from a file, and must not be able to end its own line or to begin a turn.
+_BRACKET = re.compile(r"[<>\[\]{}|]")
+
+
 @dataclass(frozen=True)
 class Attributes:
     """The grades of one turn, in the order they are written. An empty tuple is an empty line, not "ungraded"."""
@@ -45,6 +49,8 @@ class Attributes:
             key, colon, value = item.partition(":")
             if not colon or not key or key in dict(items):
                 raise ValueError(f"attribute item {item!r} is not a new key:value pair")
+            if _BRACKET.search(item) or not (key if key != LANG else value).isprintable():
+                raise ValueError(f"attribute item {item!r} has a character that could end the line or be a marker")
             if key == LANG:
                 items.append((key, value))
             elif re.fullmatch(r"0|[1-9][0-9]{0,8}", value):

@@ -15,8 +15,8 @@ from steerlm_nemo.attributes import (
 )
 from steerlm_nemo.errors import FormatMismatchError, InputError
 
-KEYS = st.text(st.characters(blacklist_characters=",:", blacklist_categories=("Cs",)), min_size=1).filter(
-    lambda key: key != "lang"
+KEYS = st.text(st.characters(exclude_characters=",:<>[]{}|"), min_size=1).filter(
+    lambda key: key != "lang" and key.isprintable()
 )
 
 

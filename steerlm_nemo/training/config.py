@@ -99,6 +99,8 @@ def _problems(cfg: DictConfig, base: Any) -> Iterator[str]:
         yield "model.data.chat is False; this program trains on conversations only"
     if not model.data.train_ds.drop_last:
         yield "model.data.train_ds.drop_last must be True: the trainer knows whole batches only"
+    if not isinstance(model.data.train_ds.group_by_length, bool):
+        yield f"model.data.train_ds.group_by_length is {model.data.train_ds.group_by_length!r}; true or false"
     if model.data.record_type not in (None, *RECORD_TYPES):
         yield f"model.data.record_type is {model.data.record_type!r}; it must be {' or '.join(RECORD_TYPES)} or null"
     if model.peft.peft_scheme not in (None, "none"):

@@ -147,13 +147,18 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         return self.items[index]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each conversation in a batch, padding aside."""
+        return [len(item["token_ids"]) - 1 for item in self.items]
+
     def collate_fn(self, batch: Sequence[Item]) -> dict[str, torch.Tensor]:
         """tokens, labels [B,S] int64, loss_mask [B,S] float32, position_ids [B,S]; right-padded with EOS.
 
         No attention mask: the model's is causal, and padding stands only to the right.
         """
         longest = min(max(len(item["token_ids"]) - 1 for item in batch), self.max_seq_length)
-        length = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        length = min(-(-longest // self.pad_to_multiple) * self.pad_to_multiple, self.max_seq_length)
         tokens = torch.full((len(batch), length), self.eos_id, dtype=torch.int64)
         labels = torch.full((len(batch), length), self.eos_id, dtype=torch.int64)
         loss_mask = torch.zeros((len(batch), length), dtype=torch.float32)

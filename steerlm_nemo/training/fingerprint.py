@@ -26,6 +26,7 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
         "template": OmegaConf.to_container(data.chat_prompt_tokens),
         "attribute_schema": data.attribute_schema,
         "global_batch_size": data.train_ds.global_batch_size,
+        "group_by_length": data.train_ds.group_by_length,
         "max_seq_length": data.train_ds.max_seq_length,
         "max_steps": cfg.trainer.sft.max_steps,
         "max_epochs": cfg.trainer.sft.max_epochs,

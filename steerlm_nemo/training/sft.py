@@ -28,6 +28,7 @@ from steerlm_nemo.config import printable
 from steerlm_nemo.errors import ConfigError, SteerLMError
 from steerlm_nemo.template import SteerLMFormat
 from steerlm_nemo.training import config as training_config
+from steerlm_nemo.training.batching import grouped_by_length, padding_share
 from steerlm_nemo.training.dataset import ChatDataset
 from steerlm_nemo.training.fingerprint import file_identity, fingerprint
 
@@ -221,10 +222,27 @@ def _load_data(cfg: DictConfig, tokenizer: Any, is_first: bool) -> tuple[ChatDat
                 f"global_batch_size {ds.global_batch_size}; lower it{hint}"
             )
         datasets.append(dataset)
+        if key == "train_ds" and is_first:
+            print(_padding_line(dataset, ds, cfg.model.seed), flush=True)
     train, val = datasets
     if train.record_type != val.record_type:
         raise ConfigError(f"training records are {train.record_type}, validation records {val.record_type}")
     return train, val, SteerLMFormat(template, training_config.read_schema(cfg), str(train.record_type))
+
+
+def _padding_line(dataset: ChatDataset, ds: DictConfig, seed: int) -> str:
+    """How much of the batches of the first epoch is padding, with and without grouping."""
+    lengths, size = dataset.lengths, ds.global_batch_size
+    as_they_come = [list(range(start, start + size)) for start in range(0, len(lengths) - size + 1, size)]
+    shares = {
+        False: padding_share(as_they_come, lengths, dataset.pad_to_multiple),
+        True: padding_share(grouped_by_length(lengths, size, seed), lengths, dataset.pad_to_multiple),
+    }
+    other = "without" if ds.group_by_length else "with"
+    return (
+        f"padding: {shares[ds.group_by_length]:.0%} of the training batches, {shares[not ds.group_by_length]:.0%} "
+        f"{other} model.data.train_ds.group_by_length"
+    )
 
 
 def _loaders(cfg: DictConfig, train_ds: ChatDataset, val_ds: ChatDataset, state: dict[str, Any] | None) -> tuple:
@@ -233,15 +251,16 @@ def _loaders(cfg: DictConfig, train_ds: ChatDataset, val_ds: ChatDataset, state:
     common = {"cfg": cfg, "drop_last": True, "load_gbs": True}
     train = cfg.model.data.train_ds
     val = cfg.model.data.validation_ds
+    train_loader = build_dataloader(
+        dataset=train_ds,
+        consumed_samples=state["consumed_samples"] if state else 0,
+        mbs=train.micro_batch_size,
+        gbs=train.global_batch_size,
+        collate_fn=train_ds.collate_fn,
+        **common,
+    )
     return (
-        build_dataloader(
-            dataset=train_ds,
-            consumed_samples=state["consumed_samples"] if state else 0,
-            mbs=train.micro_batch_size,
-            gbs=train.global_batch_size,
-            collate_fn=train_ds.collate_fn,
-            **common,
-        ),
+        _grouped(train_loader, train_ds) if train.group_by_length else train_loader,
         build_dataloader(
             dataset=val_ds,
             consumed_samples=0,
@@ -251,6 +270,32 @@ def _loaders(cfg: DictConfig, train_ds: ChatDataset, val_ds: ChatDataset, state:
             use_random_sampler=False,
             **common,
         ),
+    )
+
+
+def _grouped(loader: Any, dataset: ChatDataset) -> Any:
+    """The same loader with batches of similar length."""
+    import torch
+
+    from steerlm_nemo.training.trainer import LengthGroupedSampler
+
+    plain = loader.batch_sampler
+    sampler = LengthGroupedSampler(
+        dataset.lengths,
+        consumed_samples=plain.consumed_samples,
+        micro_batch_size=plain.micro_batch_size,
+        global_batch_size=plain.global_batch_size,
+        data_parallel_rank=plain.data_parallel_rank,
+        data_parallel_size=plain.data_parallel_size,
+        drop_last=True,
+        seed=plain.seed,
+    )
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        collate_fn=loader.collate_fn,
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
+from nemo_aligner.data.nlp.builders import MegatronPretrainingRandomBatchSampler
 from nemo_aligner.utils.distributed import Timer
 
+from steerlm_nemo.training.batching import grouped_by_length
 from steerlm_nemo.training.sft import require_finite
 
 
@@ -24,6 +27,22 @@ class RunTimer(Timer):
         if self.stop_requested:
             self._duration = 0.0
         return super().is_finished()
+
+
+class LengthGroupedSampler(MegatronPretrainingRandomBatchSampler):
+    """Aligner's random batches, made of similar lengths. `lengths` are the samples', in tokens."""
+
+    def __init__(self, lengths: Sequence[int], **options: Any) -> None:
+        super().__init__(total_samples=len(lengths), **options)
+        self.lengths = lengths
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self.total_samples - self.last_batch_size
+        self.epoch, done = divmod(self.consumed_samples, per_epoch)
+        batches = grouped_by_length(self.lengths, self._global_batch_size, self.seed + self.epoch)
+        for batch in batches[done // self._global_batch_size :]:
+            self.consumed_samples += self._global_batch_size
+            yield batch[self.data_parallel_rank :: self.data_parallel_size]
 
 
 class SFTTrainer(SupervisedTrainer):

@@ -5,17 +5,34 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trees import malformed_lines, simple_tree
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.data.cleaning import Cleaner, clean_file
 from steerlm_nemo.data.inspection import inspect_file
+from steerlm_nemo.data.mask_view import terminal_text, views_of_lines
 from steerlm_nemo.data.preprocessing import Options, preprocess
 from steerlm_nemo.errors import RecordError
 from steerlm_nemo.records import Accounting, dump_record
 from steerlm_nemo.template import ChatTemplate
 
 NUM_OF_EACH = 3
+GOOD = {
+    "conversations": [
+        {"value": "Hi", "from": "User", "label": None},
+        {"value": "Yes.", "from": "Assistant", "label": "quality:3"},
+    ],
+    "system": "SYS.\n\n",
+    "mask": "User",
+    "type": "VALUE_TO_TEXT",
+}
+ANY_TEXT = st.text(st.characters(), max_size=20)  # lone surrogates and control characters too
+ANY_TURN = st.fixed_dictionaries(
+    {"value": ANY_TEXT, "from": st.sampled_from(["User", "Assistant"]) | ANY_TEXT},
+    optional={"label": st.none() | st.sampled_from(["", "quality:4,lang:en"]) | ANY_TEXT},
+)
 
 
 def malformed_records():
@@ -49,6 +66,29 @@ def malformed_records():
         ("lone surrogate", json.dumps(chat(text="\ud800")).encode(), False, False),
         ("markers in a text", json.dumps(chat(text="\x11Assistant\n\x12quality:0\n")).encode(), True, True),
     ]
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(ANY_TURN, max_size=4), max_size=4), ANY_TEXT)
+def test_any_text_anywhere_in_a_record_is_cleaned_inspected_and_shown_or_rejected(
+    tmp_path_factory, small_tokenizer, conversations, system
+):
+    folder = tmp_path_factory.mktemp("any")
+    records = [GOOD] + [{**GOOD, "conversations": turns, "system": system} for turns in conversations]
+    source = folder / "records.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    accounting = Accounting.beside(folder / "clean.jsonl")
+    clean_file(source, folder / "clean.jsonl", Cleaner(ChatTemplate(), small_tokenizer, 4096), accounting)
+    assert accounting.counts.total() == len(records)
+    rejected = rejected_lines(accounting)
+    found = inspect_file(str(source), Options(), ChatTemplate(), small_tokenizer, "auto", folder)
+    assert {int(where.rpartition(":")[2]) for where, _ in found.rejects} == rejected
+    kept = [number for number in range(1, len(records) + 1) if number not in rejected]
+    for view in views_of_lines(source, kept, ChatTemplate(), small_tokenizer, 4096):
+        shown = terminal_text(view, colour=False)
+        assert not [char for char in shown if not char.isprintable() and char != "\n"]
+        rendered = ChatTemplate().render(view.conversation, small_tokenizer)
+        assert tuple(token.id for token in view.tokens) == rendered.token_ids
 
 
 def file_of(path, good_line, bad_lines):
@@ -95,16 +135,7 @@ def test_records_through_data_clean_training_and_inspection(tmp_path, small_toke
 
     classes = malformed_records()
     source = tmp_path / "records.jsonl"
-    good = {
-        "conversations": [
-            {"value": "Hi", "from": "User", "label": None},
-            {"value": "Yes.", "from": "Assistant", "label": "quality:3"},
-        ],
-        "system": "SYS.\n\n",
-        "mask": "User",
-        "type": "VALUE_TO_TEXT",
-    }
-    places, num_lines = file_of(source, lambda number: dump_record(good).encode(), [raw for _, raw, _, _ in classes])
+    places, num_lines = file_of(source, lambda number: dump_record(GOOD).encode(), [raw for _, raw, _, _ in classes])
     unusable = {
         line for i, (name, _, kept, _) in enumerate(classes) if not kept and "5 MB" not in name for line in places[i]
     }
