@@ -13,7 +13,7 @@ from steerlm_nemo.errors import exit_with_message
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input-file", required=True, help="chat records with labels, .jsonl (also .gz or .zst)")
-    parser.add_argument("--output-file", required=True, help="VALUE_TO_TEXT records; rejects go beside it")
+    parser.add_argument("--output-file", required=True, help="VALUE_TO_TEXT records; rejects and report go beside it")
     parser.add_argument("--messages-file", help="the same conversations as `messages`, attributes in the user's turn")
     parser.add_argument("--strict", action="store_true", help="stop at the first unusable record")
     parser.add_argument("-v", "--verbose", action="store_true", help="print how often each grade occurs")
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = Accounting.beside(args.output_file, strict=args.strict)
     statistics = AttributeStatistics()
     build_sft_data(args.input_file, args.output_file, records, statistics, args.messages_file)
+    grades = {name: dict(sorted(counts.items())) for name, counts in statistics.grades.items()}
+    records.save(f"{args.output_file}.report.json", input_file=args.input_file, grades=grades)
     print(f"records: {records.summary()}")
     if args.verbose:
         print(statistics.table())

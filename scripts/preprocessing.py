@@ -43,7 +43,7 @@ def preprocessing(
 
     Args:
         input_file: JSON lines, a JSON array (both also .gz or .zst), Parquet, a dataset's directory, or hf://owner/name
-        output_file_prefix: what the names of the two outputs (and of <prefix>.rejects.jsonl) start with
+        output_file_prefix: what the names of the outputs, and of <prefix>.report.json and .rejects.jsonl, start with
         mask_role: the speaker that gets no loss in training
         type: TEXT_TO_VALUE (train the value model) or VALUE_TO_TEXT (train the SteerLM model)
         split_ratio: share of the trees for training; other data are split by first question
@@ -89,6 +89,8 @@ def preprocessing(
         format_name=str(format),
         labels_from=str(labels_from) or None,
     )
+    asked = {"type": type, "mask_role": mask_role, "split_ratio": split_ratio, "seed": seed, "compat": bool(compat)}
+    trees.save(f"{output_file_prefix}.report.json", input_file=str(input_file), **asked, **tally.as_dict())
     print(f"lang values: {sorted(tally.languages)}")
     print(tally.summary(trees), file=sys.stderr if compat else sys.stdout)
     for part in ("train", "val"):

@@ -14,7 +14,7 @@ from steerlm_nemo.errors import exit_with_message
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input-file", required=True, help="chat records, .jsonl (also .gz or .zst)")
-    parser.add_argument("--output-file", required=True, help="where the lines go; rejects go beside it")
+    parser.add_argument("--output-file", required=True, help="where the lines go; rejects and report go beside it")
     parser.add_argument("--strict", action="store_true", help="stop at the first unusable record")
     parser.add_argument("-v", "--verbose", action="store_true", help="print how often each grade occurs")
     args = parser.parse_args(argv)
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = Accounting.beside(args.output_file, strict=args.strict)
     statistics = AttributeStatistics()
     others = process_to_regression_format(args.input_file, args.output_file, records, statistics)
+    grades = {name: dict(sorted(counts.items())) for name, counts in statistics.grades.items()}
+    records.save(f"{args.output_file}.report.json", input_file=args.input_file, grades=grades)
     print(f"records: {records.summary()}")
     if note := note_on(others):
         print(f"WARNING: attributes without a place in the vector, with their turns: {note}", file=sys.stderr)

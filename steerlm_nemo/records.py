@@ -258,6 +258,18 @@ class Accounting:
         self._file.write(json.dumps({"where": str(ref), "reason": reason, "raw": raw_text}, ensure_ascii=True) + "\n")
         self._file.flush()
 
+    def save(self, path: str | Path, **facts: Any) -> None:
+        """Write the counts and reasons, after the facts given, as JSON. Raises InputError as `atomic_output`."""
+        body = {
+            **facts,
+            "read": sum(self.counts.values()),
+            **{kind: self.counts[kind] for kind in ("written", "filtered", "rejected")},
+            "reasons": dict(self.reasons),
+        }
+        with atomic_output(path) as file:
+            # Backslashes for what UTF-8 cannot carry: a name may hold a lone surrogate.
+            file.write(json.dumps(body, indent=2) + "\n")
+
     def summary(self) -> str:
         """Counts that add up to the records read, reasons, and the reject file if there is one."""
         total = sum(self.counts.values())

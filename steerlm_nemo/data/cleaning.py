@@ -7,14 +7,12 @@ for.
 
 from __future__ import annotations
 
-import json
 import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -250,17 +248,13 @@ def _write_report(
     records: Accounting,
     findings: Findings,
 ) -> None:
-    body: dict[str, Any] = {
-        "dataset_file": str(dataset_file),
-        "output_file": str(output_file),
-        "seq_len": cleaner.seq_len,
-        "trim_turns": cleaner.trim_turns,
-        "template": asdict(cleaner.template),
-        "read": sum(records.counts.values()),
-        **{kind: records.counts[kind] for kind in ("written", "filtered", "rejected")},
-        "reasons": dict(records.reasons),
-        "tokens": findings.num_tokens,
-        "findings": dict(findings.counts),
-    }
-    with atomic_output(report) as file:
-        file.write(json.dumps(body, ensure_ascii=False, indent=2) + "\n")
+    records.save(
+        report,
+        dataset_file=str(dataset_file),
+        output_file=str(output_file),
+        seq_len=cleaner.seq_len,
+        trim_turns=cleaner.trim_turns,
+        template=asdict(cleaner.template),
+        tokens=findings.num_tokens,
+        findings=dict(findings.counts),
+    )

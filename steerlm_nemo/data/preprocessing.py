@@ -122,6 +122,20 @@ class Tally:
     def units(self) -> str:
         return {OASST_TREES: "trees", OASST_MESSAGES: "messages"}.get(self.format, "rows")
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything counted here, for a report."""
+        return {
+            "format": self.format,
+            "units": self.units,
+            "conversations": {part: self.conversations[part] for part in ("train", "val")},
+            "paths_left_out": dict(self.left_out),
+            "keys_not_carried_over": dict(self.unread),
+            "messages_joined": dict(self.joined),
+            "attributes_filled_in": self.num_filled,
+            "trees_kept_with_an_earlier_one": self.num_moved,
+            "languages": sorted(self.languages),
+        }
+
     def summary(self, records: Accounting) -> str:
         text = f"{self.units}: {records.summary()}\nconversations: " + " + ".join(
             f"{self.conversations[part]} {part}" for part in ("train", "val")

@@ -309,6 +309,8 @@ def test_the_script_takes_the_references_flags_in_both_spellings(arguments, dash
         "records: 2 read = 1 written + 1 filtered + 0 rejected (no target within seq_len: 1)"
     )
     assert kept(arguments["output_file"]) == [SHORT]
+    report = json.loads(Path(f"{arguments['output_file']}.report.json").read_text())
+    assert (report["read"], report["written"], report["reasons"]) == (2, 1, {TARGET_BEYOND: 1})
 
 
 def test_markers_as_flags_decide_what_fits(arguments, tmp_path):

@@ -481,6 +481,12 @@ def test_the_script_takes_the_references_flags_and_prints_its_line(tmp_path):
     assert done.stdout == (
         "lang values: ['en']\ntrees: 20 read = 20 written + 0 filtered + 0 rejected\nconversations: 10 train + 10 val\n"
     )
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert {key: report[key] for key in ("read", "written", "filtered", "rejected", "seed")} == {
+        **{"read": 20, "written": 20, "filtered": 0, "rejected": 0},
+        "seed": 10,
+    }
+    assert report["conversations"] == {"train": 10, "val": 10}
     assert read(tmp_path / "out", "train")[0]["tree_id"] == "14"
     assert read(tmp_path / "out", "train")[0]["conversations"][0]["label"] is None
 
