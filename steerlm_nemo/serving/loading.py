@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo
+from steerlm_nemo.checkpoint.identity import identity
 from steerlm_nemo.checkpoint.tokenizer_files import localise_tokenizer
 from steerlm_nemo.checkpoint.tokenizers import load_tokenizer
 from steerlm_nemo.compat import Capabilities, prepare, quiet_logs
@@ -130,7 +131,7 @@ def load_for_inference(path: str | Path, tensor_model_parallel_size: int = 1, pr
             tp_size=tensor_model_parallel_size,
             precision=precision,
             capabilities=capabilities,
-            identity="",
+            identity=identity(nemo),
         )
     model.freeze()
     if capabilities.device == "cuda":

@@ -16,6 +16,9 @@ import pytest
 import tiny_world
 import yaml
 
+from steerlm_nemo.checkpoint.archive import open_nemo
+from steerlm_nemo.checkpoint.identity import identity
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -114,6 +117,9 @@ def test_a_served_nemo_answers_concurrent_clients_token_by_token_as_hugging_face
             except httpx.TransportError:
                 time.sleep(0.2)
         assert health["tp_size"] == tp_size
+        with open_nemo(value_nemo) as nemo:
+            known = identity(nemo)  # the annotator refuses to go on with another model than it began with
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/attributes", trust_env=False).json()["identity"] == known
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda body: put(port, body), bodies))
             served_lines = list(pool.map(lambda prompt: lines(port, [prompt])[0], prompts))
