@@ -147,7 +147,7 @@ def parse_line(ref: RecordRef, raw: bytes) -> RawLine:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as err:
-        return RawLine(ref, raw, None, f"not UTF-8 (byte {err.start})")
+        return RawLine(ref, raw, None, f"not UTF-8: byte {err.start}")
     try:
         record = _DECODER.decode(text)
     except (ValueError, RecursionError) as err:

@@ -52,7 +52,7 @@ def test_blank_lines_are_skipped_and_lines_keep_their_number(tmp_path, compress)
     ("line", "problem"),
     [
         (b'{"a": 1', "not JSON"),
-        (b'{"a": "\xff"}', "not UTF-8 (byte 7)"),
+        (b'{"a": "\xff"}', "not UTF-8: byte 7"),
         (b"[1]", "a JSON object is needed, found list"),
         (b'{"a": NaN}', "NaN is not a JSON value"),
         (b"[" * 200_000, "not JSON"),
@@ -129,9 +129,9 @@ def test_the_sums_add_up_to_what_was_read(tmp_path_factory, fates):
 
 def test_a_rejected_record_is_kept_with_place_reason_and_raw_line(tmp_path):
     with Accounting.beside(tmp_path / "out.jsonl") as records:
-        records.rejected(RecordRef("in.jsonl", 3), "not UTF-8 (byte 0)", b"\xff\xc3\xa9")
+        records.rejected(RecordRef("in.jsonl", 3), "not UTF-8: byte 0", b"\xff\xc3\xa9")
     (line,) = (tmp_path / "out.jsonl.rejects.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"where": "in.jsonl:3", "reason": "not UTF-8 (byte 0)", "raw": "\\xffé"}
+    assert json.loads(line) == {"where": "in.jsonl:3", "reason": "not UTF-8: byte 0", "raw": "\\xffé"}
 
 
 def test_strict_stops_at_the_first_reject(tmp_path):

@@ -309,8 +309,9 @@ class _Run:
 
     def row_threads(self, line: RawLine) -> list[Thread]:
         """The conversations of a row; none if it is unusable, which is then accounted for."""
+        is_own = self.format.name == CHAT and line.record is not None and "type" in line.record
         try:
-            if self.format.name == CHAT and line.record is not None and "type" in line.record:
+            if is_own and line.record is not None:
                 found = [_own_thread(line.record, line.ref)]
             else:
                 found = []
@@ -324,7 +325,8 @@ class _Run:
                     conversation.require_unicode()
                     found.append(Thread(conversation, tuple(sample.langs) or (None,) * len(conversation.turns)))
         except RecordError as err:
-            self.reject(line, str(err).removeprefix(f"{line.ref}: ").removeprefix(f"{line.ref} "))
+            kind = "not a conversation: " if is_own else ""
+            self.reject(line, kind + str(err).removeprefix(f"{line.ref}: ").removeprefix(f"{line.ref} "))
             return []
         self.trees.written()
         return found

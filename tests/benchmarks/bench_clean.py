@@ -30,7 +30,7 @@ from steerlm_nemo.tokenizer import SentencePieceTokenizer
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SEQ_LEN = 4096
 REPEATS = 3
-SCALE_UP = 10
+SCALE_UP = 30
 MARKERS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")
 
 

@@ -191,9 +191,10 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
 def test_the_page_needs_no_network_and_shows_texts_as_texts(tmp_path, small_tokenizer):
     chance = random.Random(0)
     evil = [
-        record(f"<script>{n}</script>", label=f"quality:{chance.randrange(5)},humor:{chance.randrange(5)},lang:<b>")
+        record(f"<script>{n}</script>", label=f"quality:{chance.randrange(5)},humor:{chance.randrange(5)}")
         for n in range(50)
     ]
+    evil[0]["conversations"][0]["lang"] = "<b>"
     bad = write(tmp_path / "<i>a.jsonl", *evil)
     with open(bad, "a") as file:
         file.write('{"<script>": 1}\n')
