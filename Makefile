@@ -16,6 +16,7 @@ FILE       ?= $(WORK)/t2v_train.jsonl
 TOKENIZER  ?= $(IN)/tokenizer.model
 SEQ_LEN    ?= 4096
 LINE       ?= 1
+PAGE       ?= $(WORK)/data.html
 CONFIG     ?= gpt_sft
 VALUE      ?= $(WORK)/value/checkpoints/megatron_gpt_sft.nemo
 STEERLM    ?= $(WORK)/steerlm/checkpoints/megatron_gpt_sft.nemo
@@ -73,8 +74,8 @@ clean: $(READY)  ## drop records of FILE that no longer train anything at SEQ_LE
 	$(PY) scripts/data_clean.py --dataset_file $(FILE) --output_file $(OUT) --library sentencepiece \
 	  --model_file $(TOKENIZER) --seq_len $(SEQ_LEN) $(ARGS)
 
-inspect-data: $(READY)  ## lengths, truncation, grades, languages, duplicates, leaks of FILE (several in quotes); page OUT
-	$(PY) scripts/inspect_data.py $(FILE) --model_file $(TOKENIZER) --seq_len $(SEQ_LEN) --html $(OUT) $(ARGS)
+inspect-data: $(READY)  ## lengths, truncation, grades, languages, duplicates, leaks of FILE (several in quotes), also as PAGE
+	$(PY) scripts/inspect_data.py $(FILE) --model_file $(TOKENIZER) --seq_len $(SEQ_LEN) --html $(PAGE) $(ARGS)
 
 show-mask: $(READY)  ## record LINE of FILE as training sees it: bytes, token ids, loss mask, the cut at SEQ_LEN
 	$(PY) scripts/show_mask.py --dataset_file $(FILE) --line $(LINE) --library sentencepiece \

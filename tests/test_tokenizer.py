@@ -1,3 +1,4 @@
+import json
 import pickle
 from functools import cache
 
@@ -150,6 +151,18 @@ def test_a_hugging_face_tokenizer_keeps_extra_markers_as_one_token(tokenizer_jso
     assert extended.vocab_size == plain.vocab_size + 1
     assert extended.id_to_piece(marker) == "<extra_id_1>"
     assert extended.decode(extended.encode("capital<extra_id_1> é")) == "capital é"
+
+
+def test_a_hugging_face_tokenizer_gives_the_ids_of_its_own_encode_whatever_its_file_says_of_length(tokenizer_json):
+    from transformers import PreTrainedTokenizerFast
+
+    spec = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    path = tokenizer_json.with_name("limited.json")
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    theirs, ours = PreTrainedTokenizerFast(tokenizer_file=str(path)), HuggingFaceTokenizer(path)
+    for text in ("", "What is the capital?", "é日本🙂 <eos> \n\n x" * 50):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
