@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.routing import Match, Route
 
@@ -100,6 +100,7 @@ class FrontDoor:
         self._token = token.encode() if token else None
         self._routes: Sequence[Any] = ()
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # memory, processor time, open files of this process
         self._registry.register(_EngineNumbers(self, engine))  # type: ignore[arg-type]
         self._requests = Counter(
             "steerlm_requests", "Requests answered", ["route", "method", "status"], registry=self._registry

@@ -182,7 +182,7 @@ def chat_request(body: Any, info: ModelInfo, max_prompts: int = MAX_SENTENCES) -
         raise BadRequest(str(err), param="messages") from err
     if asked["top_logprobs"] is not None and not asked["logprobs"]:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    ids = prompt_ids(prompt, info, add_BOS=False)
+    ids = prompt_ids(prompt, info, add_BOS=False, name="messages")
     limits = [limit for key in ("max_completion_tokens", "max_tokens") if (limit := asked[key]) is not None]
     markers = (served.template.turn_start, served.template.label_start)
     made = _samples(asked, [ids], min(limits, default=MAX_INTEGER), ["messages"], info, markers, max_prompts)
@@ -262,10 +262,10 @@ def _message(message: Mapping[str, Any]) -> dict[str, object]:
 
 def _ids(prompt: str | list[int], add_BOS: bool, info: ModelInfo) -> list[int]:
     if isinstance(prompt, str):
-        return prompt_ids(prompt, info, add_BOS)
+        return prompt_ids(prompt, info, add_BOS, "prompt")
     if (highest := max(prompt)) >= info.vocab_size:
         raise BadRequest(f"token id {highest} is not below the vocabulary size {info.vocab_size}", param="prompt")
-    return [*prompt_ids("", info, add_BOS), *prompt]
+    return [*prompt_ids("", info, add_BOS, "prompt"), *prompt]
 
 
 def _samples(

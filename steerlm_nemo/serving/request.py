@@ -7,13 +7,14 @@ The reference answers a failed check with status 200 and a bare string; we raise
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from steerlm_nemo.errors import SteerLMError
-from steerlm_nemo.serving.sampling import ModelInfo, Sample
+from steerlm_nemo.serving.sampling import ModelInfo, Sample, ServedTokenizer
 
 COMPAT = "nemo1.23"
 EOS_ALIAS = "<|endoftext|>"  # stands for eos with every tokenizer
@@ -76,9 +77,9 @@ class GenerateRequest:
         if not isinstance(body, Mapping):
             raise BadRequest("the body must be a JSON object with the key 'sentences'")
         if compat is None and (unknown := sorted(set(body) - _KNOWN)):
-            near = difflib.get_close_matches(unknown[0], _RULES, n=1)
+            near = difflib.get_close_matches(unknown[0][:100], _RULES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(_RULES)}"
-            raise BadRequest(f"The request key {unknown[0]!r} is not allowed{hint}")
+            raise BadRequest(f"The request key {unknown[0][:100]!r} is not allowed{hint}")
         if "sentences" not in body:
             raise BadRequest("the key 'sentences' is missing; it must be a list of strings")
         values: dict[str, Any] = {"sentences": _sentences(body["sentences"], max_sentences)}
@@ -108,7 +109,7 @@ class GenerateRequest:
         stop_ids, stop_texts = stops(self.end_strings, info)
         samples = []
         for index, sentence in enumerate(self.sentences):
-            ids = prompt_ids(sentence, info, self.add_BOS)
+            ids = prompt_ids(sentence, info, self.add_BOS, f"sentences[{index}]")
             tokens_to_generate = min(self.tokens_to_generate, room_for(ids, info, f"sentences[{index}]"))
             samples.append(
                 Sample(
@@ -136,19 +137,33 @@ class GenerateRequest:
         return samples
 
 
-def prompt_ids(prompt: str, info: ModelInfo, add_BOS: bool) -> list[int]:
+def prompt_ids(prompt: str, info: ModelInfo, add_BOS: bool, name: str) -> list[int]:
     """Tokens of a prompt, as training has them where the model was trained on our template.
 
     Raises:
-        BadRequest: there is no BOS to add.
+        BadRequest: there is no BOS to add, or so long a text cannot fit the context.
     """
     tokenizer = info.tokenizer
+    # Tokenising megabytes would hold everybody up for a minute: SentencePiece does not let other threads run.
+    if len(prompt) > (most := info.context_length * longest_piece(tokenizer)):
+        raise BadRequest(
+            f"{name} has {len(prompt)} characters, which leaves no room to generate: the model's context is "
+            f"{info.context_length} tokens, {most} characters at the very most. Shorten the prompt.",
+            param=name,
+            code="context_length_exceeded",
+        )
     ids = info.format.template.encode_prompt(prompt, tokenizer) if info.format else tokenizer.encode(prompt)
     if not add_BOS:
         return ids
     if tokenizer.bos_id is None or tokenizer.bos_id < 0:
         raise BadRequest("add_BOS is true, but this model's tokenizer has no BOS token", param="add_BOS")
     return [tokenizer.bos_id, *ids]
+
+
+@functools.lru_cache(maxsize=8)
+def longest_piece(tokenizer: ServedTokenizer) -> int:
+    """Characters that one token can stand for."""
+    return max(len(tokenizer.id_to_piece(token_id)) for token_id in range(tokenizer.vocab_size))
 
 
 def room_for(ids: Sequence[int], info: ModelInfo, name: str) -> int:
@@ -173,6 +188,9 @@ def stops(end_strings: Sequence[str], info: ModelInfo) -> tuple[tuple[int, ...],
     base = tokenizer.encode("<extra_id_1>")
     for end in end_strings:
         if end == EOS_ALIAS:
+            continue
+        if len(end) > longest_piece(tokenizer):
+            texts.append(end)
             continue
         extended = tokenizer.encode("<extra_id_1>" + end)
         if len(extended) == len(base) + 1 and extended[:-1] == base:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -154,6 +155,34 @@ def test_limits_are_told_by_status(engine):
             answer = send(port, path, body)
             assert answer.status_code == 400 and "more than 3" in answer.json()["error"]["message"]
         assert send(port, body={**GENERATE, "sentences": four[:3]}).status_code == 200
+
+
+def test_megabytes_of_text_are_refused_before_they_are_tokenised(engine):
+    class Counting:
+        def __init__(self, tokenizer):
+            self.longest, self._tokenizer = 0, tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self._tokenizer, name)
+
+        def encode(self, text):
+            self.longest = max(self.longest, len(text))
+            return self._tokenizer.encode(text)
+
+    class Watched:
+        counters, add, cancel, step = engine.counters, engine.add, engine.cancel, engine.step
+        info = replace(engine.info, tokenizer=Counting(engine.info.tokenizer), format=None)
+
+    text = "abcdefg" * 2**20
+    with live.run_engine(Watched()) as port:
+        for path, body in (
+            ("/generate", {**GENERATE, "sentences": [text]}),
+            ("/v1/completions", {"prompt": text}),
+        ):
+            answer = send(port, path, body)
+            assert answer.status_code == 400 and "characters" in answer.text
+        assert send(port, body={**GENERATE, "end_strings": [text]}).status_code == 200
+    assert Watched.info.tokenizer.longest < 100
 
 
 # ---- numbers, request ids, log ------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The OpenAPI document against its specification, the routes, and what the server really answers."""
 
 import json
+import re
+from pathlib import Path
 
 import httpx
 import jsonschema
@@ -154,3 +156,18 @@ def test_what_the_request_schema_refuses_the_server_refuses_too(urls, document):
             validate(document, {"$ref": "#/components/schemas/ChatRequest"}, body)
         answer = httpx.post(urls(None) + "/v1/chat/completions", json=body, trust_env=False)
         assert answer.status_code == 400, body
+
+
+def test_the_documentation_names_every_path_and_every_key_and_its_curl_lines_work(urls, document):
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    quoted = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    words = set(" ".join(quoted).split())
+    assert {path.replace("{model}", "NAME") for path in document["paths"]} <= words
+    for name in ("ChatRequest", "CompletionRequest", "AnnotateRequest"):
+        assert set(document["components"]["schemas"][name]["properties"]) <= words
+    lines = re.findall(r"^curl \S+ http://localhost:(\d+)(\S+) .* -d '(.*)'$", text, re.MULTILINE)
+    assert len(lines) == 3
+    for port, path, body in lines:
+        model = {"1427": None, "1424": "value model"}[port]
+        answer = httpx.post(urls(model) + path, json=json.loads(body), trust_env=False, timeout=60)
+        assert answer.status_code == 200, answer.text
