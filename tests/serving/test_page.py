@@ -24,7 +24,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from steerlm_nemo.conversation import VALUE_TO_TEXT, Conversation, RecordRef, Turn
+from steerlm_nemo.conversation import TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, RecordRef, Turn
 from steerlm_nemo.serving.front import HttpSettings
 from steerlm_nemo.template import SteerLMFormat
 
@@ -101,12 +101,13 @@ class Page:
         return [json.loads(body) for body in self.browser.execute_script("return sent") if body]
 
     def request(self, form: str, answer: int = -1) -> str:
-        """The copyable request of an answer."""
+        """The request of an answer, as it lies on the clipboard."""
         self.press("Request", answer)
         self.press(form)
-        text = self.one("dialog pre").text
+        self.press("Copy")
+        self.until(lambda: self.one("#copy").text == "Copied")
         self.press("Close")
-        return text
+        return self.browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, Service(DRIVER))
+    permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
     yield driver
     driver.quit()
 
@@ -269,20 +272,25 @@ def test_the_copied_request_is_the_one_that_was_sent_and_gives_the_same_answer(
     assert (first.get("seed"), first["messages"][0]) == (second.get("seed"), second["messages"][0])
 
     line = page.request("curl", -2)
-    sent = subprocess.run(
-        ["bash", "-c", line.replace("curl", "printf '%s\\n'", 1)], capture_output=True, text=True, check=True
-    )
-    assert json.loads(sent.stdout.splitlines()[-1]) == first
-    stream = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
-    events = [json.loads(data[6:]) for data in stream.splitlines() if data.startswith("data: {")]
-    answer = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
+    assert json.loads(run_shell(line.replace("curl", "printf '%s\\n'", 1)).splitlines()[-1]) == first
+    answer = streamed(run_shell(line))
     assert answer == page.answers("A")[-1]
 
     program = tmp_path / "request.py"
     program.write_text(page.request("Python", -2))
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
-    said = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True, env=environment)
-    assert said.stdout == answer + "\n"
+    assert run_shell(f"{sys.executable} {program}") == answer + "\n"
+
+
+def run_shell(line: str, **variables: str) -> str:
+    """What a line typed into a shell prints."""
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", **variables}
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def streamed(events: str) -> str:
+    """The text of a streamed chat answer."""
+    chunks = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: {")]
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
 
 
 def test_markup_is_shown_as_text_wherever_it_comes_from(page: Page, tmp_path: Path) -> None:
@@ -356,6 +364,25 @@ def test_a_prompt_that_is_too_long_a_full_queue_and_a_wrong_setting_are_told(pag
         assert page.browser.execute_script("return document.querySelector('#max-tokens').validationMessage")
 
 
+def test_a_token_is_asked_for_and_never_copied(page: Page) -> None:
+    with live.run_engine(live.engine(VALUE_TO_TEXT), http=HttpSettings(token="open-sesame")) as port:
+        page.open(port)
+        assert "wants a bearer token" in page.alerts()[0]
+        page.set("#token-value", "open-barley")
+        page.press("Use token")
+        page.until(lambda: "does not know this token" in "".join(page.alerts()))
+        page.set("#token-value", "open-sesame")
+        page.press("Use token")
+        page.until(lambda: page.all("#prompt"))
+        page.one("#compare").click()
+        page.set("#system", tiny_world.SYSTEM)
+        page.ask("Tell me.")
+        assert tiny_world.reading(page.answers()[0])["quality"] == 4 and not page.alerts()
+        line, program = page.request("curl"), page.request("Python")
+        assert "open-sesame" not in line + program and "STEERLM_TOKEN" in program
+        assert streamed(run_shell(line, STEERLM_TOKEN="open-sesame")) == page.answers()[0]
+
+
 def test_a_server_that_is_gone_is_told_and_asked_again(page: Page, steerlm: live.ServerProcess) -> None:
     page.open(steerlm.port)
     page.one("#compare").click()
@@ -370,6 +397,27 @@ def test_a_server_that_is_gone_is_told_and_asked_again(page: Page, steerlm: live
     page.settle()
     assert page.alerts() == []
     assert tiny_world.reading(page.answers()[0])["quality"] == 4
+
+
+def test_a_value_model_grades_a_pasted_response(page: Page) -> None:
+    with live.run_engine(live.engine(TEXT_TO_VALUE)) as port:
+        page.open(port)
+        assert not page.all("input[type=range]")
+        assert "value model" in page.one("main[data-for=grade]").text
+        cases = (("poor laugh hallo", ["1", "2", "de"]), ("great dry hello", ["4", "0", "en"]))
+        for number, (text, expected) in enumerate(cases, start=1):
+            page.set("#question", "Tell me.")
+            page.set("#response", text)
+            page.set("#grading-system", tiny_world.SYSTEM)
+            page.press("Grade")
+            page.until(lambda: len(page.all("#grades table")) == number)  # noqa: B023
+            newest = page.all("#grades .graded")[0]
+            assert newest.find_element(By.CSS_SELECTOR, ".response").text == text
+            assert [cell.text for cell in newest.find_elements(By.CSS_SELECTOR, "td.value")] == expected
+            line = "quality:{},humor:{},lang:{}".format(*expected)
+            assert newest.find_element(By.CSS_SELECTOR, "code").text == line
+        (graded,) = json.loads(run_shell(page.request("curl", 0)))["conversations"]
+        assert tiny_world.SCHEMA.order(graded["messages"][-1]["attributes"]).line == line
 
 
 def test_a_model_without_a_format_continues_text(page: Page, endless: HFEngine) -> None:

@@ -4,6 +4,7 @@
 
 const SIDES = ["A", "B"];
 const $ = (id) => document.getElementById(id);
+const narrow = matchMedia("(max-width: 60rem)"); // as in the style sheet: settings above the conversation
 
 let served; // {model, contextLength, format}; format null: a model without attributes
 let turns = []; // {prompt, answers: {A: answer, B: answer}, kept: "A", "B" or undefined, element}
@@ -67,7 +68,8 @@ async function ask(path, body, signal) {
     429: "The server is busy" + (wait ? `; it asks to wait ${wait} s` : ""),
     503: "The server is not ready",
   }[response.status];
-  const advice = said.error?.code === "context_length_exceeded" && turns.length > 1 ? " A new chat begins without the history." : "";
+  const advice =
+    said.error?.code === "context_length_exceeded" && turns.length > 1 ? " A new chat begins without the history." : "";
   throw new Failure((meaning ?? `The server refused (${response.status})`) + `: ${reason}${advice}`, response.status);
 }
 
@@ -142,11 +144,15 @@ async function begin() {
   }
   $("work").hidden = false;
   sampling();
-  $({ steer: "prompt", continue: "text" }[mode])?.focus();
+  // A phone would open its keyboard.
+  if (!narrow.matches) $({ steer: "prompt", grade: "question", continue: "text" }[mode]).focus();
 }
 
 function wantToken(then) {
   $("token").hidden = false;
+  $("token").querySelector("label").textContent = sessionStorage.getItem("token")
+    ? "The server does not know this token. Another one:"
+    : "This server wants a bearer token. It is kept until this tab is closed:";
   $("token-value").focus();
   announce("The server wants a bearer token.");
   $("token").onsubmit = (event) => {
@@ -169,19 +175,35 @@ function makeSliders() {
       { className: `head side ${side}` },
       element("b", { textContent: side }),
       button("reset", () => setValues(side, defaults()), { title: `Setting ${side} to the defaults of the schema` }),
-      button(`= ${other}`, () => setValues(side, values(other)), { title: `Setting ${side} as ${other} is`, className: "quiet copy" }),
+      button(`= ${other}`, () => setValues(side, values(other)), {
+        title: `Setting ${side} as ${other} is`,
+        className: "quiet copy",
+      }),
     );
   });
   const rows = attributes.map(({ name, minimum, maximum }) =>
     element(
       "div",
       { className: "row", role: "group", "aria-label": name },
-      element("span", { className: "name" }, name.replaceAll("_", " "), element("small", { textContent: ` ${minimum}–${maximum}` })),
+      element(
+        "span",
+        { className: "name" },
+        name.replaceAll("_", " "),
+        element("small", { textContent: ` ${minimum}–${maximum}` }),
+      ),
       ...SIDES.map((side) =>
         element(
           "label",
           { className: `side ${side}` },
-          element("input", { type: "range", min: minimum, max: maximum, step: 1, name: `${side} ${name}`, "aria-label": `${name}, setting ${side}`, oninput: settled }),
+          element("input", {
+            type: "range",
+            min: minimum,
+            max: maximum,
+            step: 1,
+            name: `${side} ${name}`,
+            "aria-label": `${name}, setting ${side}`,
+            oninput: settled,
+          }),
           element("output"),
         ),
       ),
@@ -197,14 +219,26 @@ function makeSliders() {
           element(
             "label",
             { className: `side ${side}` },
-            element("select", { name: `${side} lang`, "aria-label": `language, setting ${side}`, onchange: settled }, ...languages.map((code) => new Option(code))),
+            element(
+              "select",
+              { name: `${side} lang`, "aria-label": `language, setting ${side}`, onchange: settled },
+              ...languages.map((code) => new Option(code)),
+            ),
           ),
         ),
       ),
     );
   }
-  $("sliders").replaceChildren(element("div", { className: "row" }, element("span", { className: "name" }), ...heads), ...rows);
+  $("sliders").replaceChildren(
+    element("div", { className: "row" }, element("span", { className: "name" }), ...heads),
+    ...rows,
+  );
   for (const side of SIDES) setValues(side, defaults());
+}
+
+/** In the order of a line. */
+function schemaKeys() {
+  return Object.keys(defaults());
 }
 
 /** What the server takes for attributes that a request leaves out. */
@@ -217,7 +251,7 @@ function defaults() {
 
 function values(side) {
   const full = {};
-  for (const key of Object.keys(defaults())) {
+  for (const key of schemaKeys()) {
     const { value } = $("controls").elements[`${side} ${key}`];
     full[key] = key === "lang" ? value : Number(value);
   }
@@ -262,7 +296,12 @@ function drawn() {
         top_p: Number($("top-p").value),
         seed: $("seed").value === "" ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 : Number($("seed").value),
       };
-  return { max_tokens: Number($("max-tokens").value), ...drawing, stream: true, stream_options: { include_usage: true } };
+  return {
+    max_tokens: Number($("max-tokens").value),
+    ...drawing,
+    stream: true,
+    stream_options: { include_usage: true },
+  };
 }
 
 function settingsAreGood() {
@@ -284,7 +323,12 @@ function makeAnswer(path, body, { side = "", kind, textOf }) {
   answer.element = element(
     "article",
     { className: `answer side ${side}`, "aria-label": side ? `Answer at setting ${side}` : "Continuation" },
-    element("header", {}, ...(side ? [element("b", { textContent: side })] : []), element("span", { className: "asked", textContent: asked(body) })),
+    element(
+      "header",
+      {},
+      ...(side ? [element("b", { textContent: side })] : []),
+      element("span", { className: "asked", textContent: asked(body) }),
+    ),
     element("div", { className: "text" }, text),
     failure,
     element("footer", {}, about, again, tools),
@@ -298,7 +342,7 @@ function asked({ attributes }) {
   if (!attributes) return "";
   const usual = defaults();
   const moved = Object.entries(attributes).filter(([key, value]) => usual[key] !== value);
-  return moved.length ? moved.map(([key, value]) => `${key} ${value}`).join(" · ") : "defaults";
+  return moved.length ? moved.map(([key, value]) => `${key}\u00a0${value}`).join(" · ") : "defaults";
 }
 
 function show(answer, state, about = "") {
@@ -329,7 +373,8 @@ async function write(answer, signal) {
     }
     const seconds = (performance.now() - start) / 1000;
     const count = usage ? `${usage.completion_tokens} tokens, ` : "";
-    show(answer, "done", `${count}${seconds.toFixed(1)} s${reason === "length" ? "; cut at max tokens" : ""}`);
+    const about = `${count}${seconds.toFixed(1)} s${reason === "length" ? "; cut at max tokens" : ""}`;
+    follow(() => show(answer, "done", about));
   } catch (error) {
     if (error.name === "AbortError") return show(answer, "stopped", "stopped");
     answer.status = error.status;
@@ -369,6 +414,11 @@ function follow(change) {
 
 /* ---- chat ---- */
 
+function systemMessage(id) {
+  const content = $(id).value.toWellFormed();
+  return content.trim() ? [{ role: "system", content }] : [];
+}
+
 /** What a setting remembers: its own answers, or the one that was chosen for both. Failed ones are left out. */
 function history(side, until) {
   return turns.slice(0, until).flatMap(({ prompt, answers, kept }) => {
@@ -385,7 +435,7 @@ function history(side, until) {
 function send(prompt, place = turns.length) {
   if (running || !prompt.trim() || !settingsAreGood()) return;
   const sides = $("compare").checked ? SIDES : ["A"];
-  const system = $("system").value.trim() ? [{ role: "system", content: $("system").value.toWellFormed() }] : [];
+  const system = systemMessage("system");
   const common = drawn();
   const answers = {};
   for (const side of sides) {
@@ -395,7 +445,11 @@ function send(prompt, place = turns.length) {
       attributes: values(side),
       ...common,
     };
-    answers[side] = makeAnswer("/v1/chat/completions", body, { side, kind: "chat", textOf: (choice) => choice.delta.content });
+    answers[side] = makeAnswer("/v1/chat/completions", body, {
+      side,
+      kind: "chat",
+      textOf: (choice) => choice.delta.content,
+    });
   }
   const turn = { prompt, answers, kept: undefined };
   turn.element = element(
@@ -419,13 +473,14 @@ function send(prompt, place = turns.length) {
   $("empty").hidden = true;
   $("thread").append(turn.element);
   turn.element.scrollIntoView({ block: "end" });
-  if (matchMedia("(max-width: 60rem)").matches) $("settings").open = false;
+  if (narrow.matches) $("settings").open = false;
   runAll(Object.values(answers));
 }
 
 function choose(turn, side) {
   turn.kept = side;
-  for (const keep of turn.element.querySelectorAll("[aria-pressed]")) keep.setAttribute("aria-pressed", keep.dataset.side === side);
+  for (const keep of turn.element.querySelectorAll("[aria-pressed]"))
+    keep.setAttribute("aria-pressed", keep.dataset.side === side);
 }
 
 function clearChat() {
@@ -437,6 +492,71 @@ function clearChat() {
 }
 
 /* ---- other models ---- */
+
+async function grade() {
+  const body = {
+    conversations: [
+      {
+        messages: [
+          ...systemMessage("grading-system"),
+          { role: "user", content: $("question").value.toWellFormed() },
+          { role: "assistant", content: $("response").value.toWellFormed() },
+        ],
+      },
+    ],
+    soft: true,
+  };
+  const shown = element("section", { className: "graded", "aria-label": "Grades" });
+  $("grades").prepend(shown);
+  $("grade").disabled = true;
+  try {
+    const answer = await (await ask("/v1/annotate", body)).json();
+    const { content, attributes, attributes_soft } = answer.conversations[0].messages.at(-1);
+    const line = schemaKeys().map((key) => `${key}:${attributes[key]}`);
+    shown.append(
+      element("p", { className: "text response", textContent: content }),
+      gradeTable(attributes, attributes_soft),
+      element("p", {}, element("code", { textContent: line.join(",") })),
+      button("Request", () => showRequest("/v1/annotate", body)),
+    );
+  } catch (error) {
+    shown.append(element("p", { className: "error", role: "alert", textContent: error.message }));
+    if (error.status === 401) wantToken(grade);
+  }
+  $("grade").disabled = false;
+}
+
+/** What the model chose, and how its belief spreads over the legal values. */
+function gradeTable(attributes, beliefs) {
+  const rows = schemaKeys().map((name) => {
+    const value = attributes[name];
+    const { expected, confidence, probabilities } = beliefs[name];
+    const likely = Object.entries(probabilities);
+    if (name === "lang") likely.sort((one, other) => other[1] - one[1]).splice(3); // of dozens, the likeliest
+    const shares = likely.map(([option, share]) => {
+      const cell = element("span", { className: "share", textContent: option, title: `${option}: ${percent(share)}` });
+      cell.style.setProperty("--share", share);
+      return cell;
+    });
+    return element(
+      "tr",
+      {},
+      element("th", { scope: "row", textContent: name.replaceAll("_", " ") }),
+      element("td", { className: "value", textContent: value }),
+      element("td", { className: "number", textContent: percent(confidence) }),
+      element("td", { className: "number", textContent: expected?.toFixed(2) ?? "" }),
+      element("td", { className: "belief" }, ...shares),
+    );
+  });
+  const heads = ["attribute", "grade", "sure", "mean", "belief"].map((textContent) =>
+    element("th", { scope: "col", textContent }),
+  );
+  return element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows));
+}
+
+function percent(share) {
+  return `${Math.round(100 * share)} %`;
+}
 
 function continueText() {
   if (running || !settingsAreGood()) return;
@@ -450,7 +570,7 @@ function continueText() {
 
 function curlLine(path, body) {
   const quoted = `'${JSON.stringify(body).replaceAll("'", "'\\''")}'`;
-  const token = sessionStorage.getItem("token") ? ' -H "Authorization: Bearer $TOKEN"' : "";
+  const token = sessionStorage.getItem("token") ? ' -H "Authorization: Bearer $STEERLM_TOKEN"' : "";
   return `curl -N ${location.origin}${path} -H 'Content-Type: application/json'${token} -d ${quoted}`;
 }
 
@@ -459,7 +579,9 @@ function pythonLiteral(value) {
   if (typeof value === "boolean") return value ? "True" : "False";
   if (Array.isArray(value)) return `[${value.map(pythonLiteral).join(", ")}]`;
   if (typeof value === "object") {
-    return `{${Object.entries(value).map(([key, item]) => `${JSON.stringify(key)}: ${pythonLiteral(item)}`).join(", ")}}`;
+    return `{${Object.entries(value)
+      .map(([key, item]) => `${JSON.stringify(key)}: ${pythonLiteral(item)}`)
+      .join(", ")}}`;
   }
   return JSON.stringify(value);
 }
@@ -477,7 +599,7 @@ function pythonProgram(body, kind) {
     ...(token ? ["import os", ""] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url="${location.origin}/v1", api_key=${token ? 'os.environ["TOKEN"]' : '"none"'})`,
+    `client = OpenAI(base_url="${location.origin}/v1", api_key=${token ? 'os.environ["STEERLM_TOKEN"]' : '"none"'})`,
     `chunks = client.${kind === "chat" ? "chat." : ""}completions.create(`,
     ...call,
     ")",
@@ -499,9 +621,11 @@ function showRequest(path, body, kind) {
       $("copy").textContent = "Copy";
     }),
   );
-  $("request").querySelector(".tabs").replaceChildren(...tabs);
+  $("request")
+    .querySelector(".tabs")
+    .replaceChildren(...tabs);
   $("request").querySelector(".hint").textContent = sessionStorage.getItem("token")
-    ? "Your token is not in it: put it into the environment variable TOKEN."
+    ? "Your token is not in it: put it into the environment variable STEERLM_TOKEN."
     : "";
   tabs[0].click();
   $("request").showModal();
@@ -544,6 +668,10 @@ $("prompt").onkeydown = (event) => {
 $("stop").onclick = $("stop-text").onclick = () => running?.abort();
 $("again").onclick = () => send(turns.at(-1).prompt, turns.length - 1);
 $("clear").onclick = clearChat;
+$("grading").onsubmit = (event) => {
+  event.preventDefault();
+  grade();
+};
 $("continuing").onsubmit = (event) => {
   event.preventDefault();
   continueText();
