@@ -286,7 +286,7 @@ class _Annotator:
     ) -> None:
         self._servers = servers
         self._served = served
-        self._reader = LineReader(servers, served, settings.mode)
+        self._reader = LineReader(servers, served, settings.mode, beliefs=settings.soft)
         self._settings = settings
         self._journal = journal
         self._accounting = accounting

@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Reading:
-    """A full, legal line; what the model believes of each chosen value (None: the server does not tell); and counts of
+    """A full, legal line; what the model believes of each chosen value (None: not asked, or not told); and counts of
     `by_line`, `by_slots`, `slots`, `chosen` and `given`."""
 
     attributes: Attributes
@@ -56,13 +56,14 @@ class Reading:
 class LineReader:
     """Reads attribute lines. `mode` is "line" or "slots"; both give the same greedy values."""
 
-    def __init__(self, servers: ServerPool, served: SteerLMFormat, mode: str) -> None:
+    def __init__(self, servers: ServerPool, served: SteerLMFormat, mode: str, *, beliefs: bool = True) -> None:
         self._servers = servers
         self._schema = served.schema
         self._keys = served.schema.keys()
         self._end = served.template.end_of_name
         self._stops = [served.template.turn_start, served.template.end_of_name]
         self._mode = mode
+        self._beliefs = beliefs
         self._longest_line = len(self._longest().encode()) + 1
 
     def read(
@@ -74,7 +75,10 @@ class LineReader:
             ServerError: see `ServerPool.generate`.
         """
         known = [{key: str(value) for key, value in row.items()} for row in given or [{}] * len(prompts)]
-        if self._mode == "line" and (found := self._servers.attribute_lines(prompts, known, home)) is not None:
+        found = None
+        if self._mode == "line":
+            found = self._servers.attribute_lines(prompts, known, home, beliefs=self._beliefs)
+        if found is not None:
             return [
                 Reading(
                     self._legal(line.text, values),

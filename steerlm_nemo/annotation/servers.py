@@ -104,11 +104,16 @@ class ServerPool:
         return require_type(self.format(), record_type, self.where)
 
     def attribute_lines(
-        self, prompts: Sequence[str], given: Sequence[Mapping[str, str | int]] | None = None, home: int = 0
+        self,
+        prompts: Sequence[str],
+        given: Sequence[Mapping[str, str | int]] | None = None,
+        home: int = 0,
+        *,
+        beliefs: bool = True,
     ) -> list[ServedLine] | None:
         """As `ServerClient.attribute_lines`. Requests of one `home` go to one server where possible: what they have in
         common with those before is in its cache."""
-        return self._ask(lambda client: client.attribute_lines(prompts, given), home)
+        return self._ask(lambda client: client.attribute_lines(prompts, given, beliefs=beliefs), home)
 
     def generate(self, sentences: Sequence[str], home: int = 0, **settings: Any) -> Generation:
         """As `ServerClient.generate`; `home` as above."""

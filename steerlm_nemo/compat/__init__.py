@@ -13,7 +13,7 @@ import warnings
 from steerlm_nemo.compat.capabilities import Capabilities, detect
 from steerlm_nemo.compat.registry import CompatError
 
-__all__ = ["Capabilities", "CompatError", "prepare", "quiet_logs"]
+__all__ = ["Capabilities", "CompatError", "leave_a_core", "prepare", "quiet_logs"]
 
 _prepared: Capabilities | None = None
 
@@ -51,6 +51,19 @@ def prepare() -> Capabilities:
         cpu.apply()
     _prepared = capabilities
     return capabilities
+
+
+def leave_a_core() -> None:
+    """Let torch's CPU operations take all cores but one, unless OMP_NUM_THREADS says how many.
+
+    A server's HTTP thread and its clients need that core. With as many threads as cores, each of the thousands of small
+    parallel regions of a step spins until a thread that something else keeps off its core has had its turn: on two busy
+    cores the same work took 2 s with one thread and 60 s with two.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 def quiet_logs(verbose: bool) -> None:

@@ -97,9 +97,11 @@ class ServerClient:
         )
 
     def attribute_lines(
-        self, prompts: Sequence[str], given: Sequence[Mapping[str, str | int]] | None = None
+        self, prompts: Sequence[str], given: Sequence[Mapping[str, str | int]] | None = None, *, beliefs: bool = True
     ) -> list[ServedLine] | None:
         """A full line per prompt. `given` are the values that are known of each line.
+
+        Without `beliefs` the answer is a tenth as long.
 
         None where the server does not have this call, as NeMo's own.
 
@@ -110,6 +112,8 @@ class ServerClient:
         body: dict[str, Any] = {"prompts": list(prompts)}
         if given is not None and any(given):
             body["given"] = [dict(known) for known in given]
+        if not beliefs:
+            body["beliefs"] = False
 
         def ask() -> list[ServedLine] | None:
             response = self._send("POST", "/v1/attribute_lines", body)
@@ -118,10 +122,8 @@ class ServerClient:
             answer = self._content(response)
             try:
                 model = answer.get("model") or None
-                beliefs = answer.get("attributes") or [None] * len(prompts)
-                found = [
-                    ServedLine(*row) for row in zip(answer["lines"], answer["num_overruled"], beliefs, strict=True)
-                ]
+                told = answer.get("attributes") or [None] * len(prompts)
+                found = [ServedLine(*row) for row in zip(answer["lines"], answer["num_overruled"], told, strict=True)]
             except (AttributeError, KeyError, TypeError, ValueError) as err:
                 raise ServerError(f"{self.where}/v1/attribute_lines answered something else: {answer!r:.200}") from err
             if len(found) != len(prompts):

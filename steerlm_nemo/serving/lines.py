@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from steerlm_nemo.attributes import LANG
 from steerlm_nemo.conversation import TEXT_TO_VALUE
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.serving.request import MAX_SENTENCES, BadRequest, GenerateRequest
-from steerlm_nemo.serving.sampling import Choice, Completion, ModelInfo, Sample
+from steerlm_nemo.serving.sampling import Choice, Completion, ModelInfo, Sample, ServedTokenizer
 from steerlm_nemo.template import SteerLMFormat
 
 Constraint = tuple[tuple[tuple[int, ...], ...], ...]
@@ -26,16 +27,22 @@ def line_samples(body: Any, info: ModelInfo, max_prompts: int = MAX_SENTENCES) -
     """One constrained sample per prompt of `{"prompts": [text up to and with the label marker, ...]}`.
 
     `"given": [{key: value} or null, ...]`, one per prompt, holds values that are known: they are forced, as keys are,
-    and the values after them are chosen in their knowledge.
+    and the values after them are chosen in their knowledge. `"beliefs": false` leaves probabilities out of the answer.
 
     Raises:
         BadRequest: not such a body, no value model, or a prompt that leaves no room for a line.
     """
-    if not isinstance(body, Mapping) or not {"prompts"} <= set(body) <= {"prompts", "given"}:
-        raise BadRequest('POST /v1/attribute_lines takes {"prompts": [text, ...], "given": [{key: value}, ...]}')
+    if (
+        not isinstance(body, Mapping)
+        or not {"prompts"} <= set(body) <= {"prompts", "given", "beliefs"}
+        or not isinstance(body.get("beliefs", True), bool)
+    ):
+        raise BadRequest(
+            'POST /v1/attribute_lines takes {"prompts": [text, ...], "given": [{key: value}, ...], "beliefs": true}'
+        )
     if info.format is None or info.format.record_type != TEXT_TO_VALUE:
         raise BadRequest(f"model {info.name} is no value model; it does not write attribute lines")
-    steps, places = line_constraint(info.format, info)
+    steps, places = line_constraint(info.format, info.tokenizer)
     longest = sum(max(map(len, options)) for options in steps)
     request = {"sentences": body["prompts"], "tokens_to_generate": longest, "greedy": True}
     samples = GenerateRequest.from_json(request, max_sentences=max_prompts).samples(info)
@@ -83,7 +90,8 @@ def _with_given(steps: Constraint, places: Mapping[str, int], known: Mapping[str
     return tuple(changed)
 
 
-def line_constraint(served: SteerLMFormat, info: ModelInfo) -> tuple[Constraint, dict[str, int]]:
+@lru_cache(maxsize=8)  # a hundred texts to encode; a server needs it for every request
+def line_constraint(served: SteerLMFormat, tokenizer: ServedTokenizer) -> tuple[Constraint, dict[str, int]]:
     """The steps of a full line, in the token ids that training gives it; and which step chooses the value of a key.
 
     A value's options end with the first token of what follows, so that none begins another (1 and 10).
@@ -91,7 +99,7 @@ def line_constraint(served: SteerLMFormat, info: ModelInfo) -> tuple[Constraint,
     Raises:
         BadRequest: the tokenizer merges a value with its surroundings, so a line has no fixed places for values.
     """
-    encode = info.tokenizer.encode_continuation
+    encode = tokenizer.encode_continuation
     keys = served.schema.keys()
     forced = [tuple(encode(("," if place else "") + f"{key}:")) for place, key in enumerate(keys)]
     forced.append(tuple(encode(served.template.end_of_name)))
@@ -111,20 +119,22 @@ def line_constraint(served: SteerLMFormat, info: ModelInfo) -> tuple[Constraint,
 
 
 def line_answer(completions: Sequence[Completion], body: Mapping[str, Any], info: ModelInfo) -> dict[str, Any]:
-    """`lines`; for each, how many values are not the model's own first choice because that was not legal, and how
-    sure the model was of every value that was not given; and `model`, the identity of the model that chose."""
+    """`lines`; for each, how many values are not the model's own first choice because that was not legal, and, if
+    asked, how sure the model was of every value that was not given; and `model`, the identity of the one that chose."""
     assert info.format is not None  # line_samples has seen to it
     end = info.format.template.end_of_name
     texts = [info.tokenizer.decode(list(c.token_ids[c.num_prompt_tokens :])) for c in completions]
-    given = _given(body, len(completions), info.format)
-    return {
+    answer = {
         "lines": [text.removesuffix(end) for text in texts],
         "num_overruled": [completion.num_overruled for completion in completions],
-        "attributes": [
-            _beliefs(completion, known, info.format) for completion, known in zip(completions, given, strict=True)
-        ],
         "model": info.identity,
     }
+    if body.get("beliefs", True):
+        given = _given(body, len(completions), info.format)
+        answer["attributes"] = [
+            _beliefs(completion, known, info.format) for completion, known in zip(completions, given, strict=True)
+        ]
+    return answer
 
 
 def _beliefs(completion: Completion, known: Mapping[str, str], served: SteerLMFormat) -> dict[str, dict[str, Any]]:

@@ -55,9 +55,11 @@ def run(cfg: DictConfig) -> None:
 
     import torch
 
+    from steerlm_nemo.compat import leave_a_core
     from steerlm_nemo.serving.engine import MegatronEngine, settings_from
     from steerlm_nemo.serving.loading import load_for_inference
 
+    leave_a_core()
     settings = settings_from(cfg.engine)
     precision = cfg.trainer.precision or ("bf16" if torch.cuda.is_available() else "32")
     precision = str(precision).removesuffix("-mixed")

@@ -98,7 +98,7 @@ def test_a_whole_line_is_legal_whatever_the_model_would_say():
 def test_a_server_without_the_call_is_asked_freely_and_slot_by_slot(client, value_engine):
     """As NeMo's own server, which knows /generate only."""
     texts, made = prompts(8)
-    client.attribute_lines = lambda prompts, given, home: None  # what it answers to a 404
+    client.attribute_lines = lambda prompts, given, home, beliefs: None  # what it answers to a 404
     found = LineReader(client, value_engine.info.format, "line").read(texts)
     assert [reading.attributes for reading in found] == [c.turns[-1].attributes for c in made]
 
@@ -134,6 +134,14 @@ def test_beliefs_are_the_models_own_probabilities_after_what_was_chosen(client, 
             assert belief["logprob"] == pytest.approx(float(log_probs[first[place]]), abs=1e-3)
             mean = None if key == "lang" else sum(int(v) * s for v, s in zip(legal, shares, strict=True))
             assert belief["expected"] == (None if mean is None else pytest.approx(mean, abs=1e-3))
+
+
+def test_beliefs_that_nobody_asks_for_are_not_sent(client, value_engine):
+    texts, made = prompts(3)
+    for reading, c in zip(
+        LineReader(client, value_engine.info.format, "line", beliefs=False).read(texts), made, strict=True
+    ):
+        assert reading.attributes == c.turns[-1].attributes and reading.beliefs is None
 
 
 @pytest.mark.parametrize(
