@@ -54,16 +54,15 @@ def prepare() -> Capabilities:
 
 
 def leave_a_core() -> None:
-    """Let torch's CPU operations take all cores but one, unless OMP_NUM_THREADS says how many.
+    """Let torch's CPU operations take all cores but one, unless OMP_NUM_THREADS says how many. Call it before torch is
+    imported: `torch.set_num_threads` does not reach the matrix products of other threads.
 
     A server's HTTP thread and its clients need that core. With as many threads as cores, each of the thousands of small
     parallel regions of a step spins until a thread that something else keeps off its core has had its turn: on two busy
     cores the same work took 2 s with one thread and 60 s with two.
     """
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores - 1)))
 
 
 def quiet_logs(verbose: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from steerlm_nemo.checkpoint.archive import read_config
+from steerlm_nemo.compat import leave_a_core
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.serving.loading import check_parallelism
 
@@ -53,13 +54,12 @@ def run(cfg: DictConfig) -> None:
     if is_first and cfg.server:
         listener = open_listener(cfg.port, cfg.host, has_token=http.token is not None)
 
+    leave_a_core()
     import torch
 
-    from steerlm_nemo.compat import leave_a_core
     from steerlm_nemo.serving.engine import MegatronEngine, settings_from
     from steerlm_nemo.serving.loading import load_for_inference
 
-    leave_a_core()
     settings = settings_from(cfg.engine)
     precision = cfg.trainer.precision or ("bf16" if torch.cuda.is_available() else "32")
     precision = str(precision).removesuffix("-mixed")
