@@ -28,8 +28,8 @@ DATA       ?=
 ONLY       ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench convert export inspect preprocess clean inspect-data show-mask train-value train-steerlm \
-        serve-value serve-steerlm annotate steer
+.PHONY: help setup demo test lint bench convert export inspect preprocess clean inspect-data show-mask \
+        train-value train-steerlm serve-value serve-steerlm annotate steer
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -18,11 +18,15 @@ SHORT_TRAINING = " trainer.sft.max_steps=30 trainer.sft.val_check_interval=15"
 HURRY = {"train_gpt_sft.py": SHORT_TRAINING}
 
 
-def block(name: str) -> list[str]:
-    """The commands of the fenced block ```sh NAME."""
-    found = re.search(rf"^```sh {name}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert found, f"README has no block {name}"
-    return [line for line in found[1].splitlines() if line and not line.startswith("#")]
+def text_of(block: str) -> str:
+    """What the README has between ```BLOCK and ```."""
+    found = re.search(rf"^```{block}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert found, f"README has no block {block}"
+    return found[1]
+
+
+def commands(block: str) -> list[str]:
+    return [line for line in text_of(block).splitlines() if line and not line.startswith("#")]
 
 
 def test_paths_and_targets_it_names_exist() -> None:
@@ -67,7 +71,7 @@ def test_the_flow_runs_as_printed(tmp_path: Path) -> None:
     }
     servers: list[subprocess.Popen[bytes]] = []
     try:
-        for command in block("flow"):
+        for command in commands("sh flow"):
             command += next((extra for script, extra in HURRY.items() if script in command), "")
             if not command.endswith("&"):
                 run(command, tmp_path, env)
@@ -79,14 +83,21 @@ def test_the_flow_runs_as_printed(tmp_path: Path) -> None:
                     ["bash", "-c", f"exec {command.removesuffix('&')}"], cwd=tmp_path, env=env, stdout=file, stderr=file
                 )
             servers.append(server)
-        answers = [json.loads(run(command, tmp_path, env)) for command in block("server")]
-        assert answers[0]["sentences"][0].startswith("Hello")
-        assert answers[2]["record_type"] == "VALUE_TO_TEXT"
+        generated, served, chat, graded = (json.loads(run(command, tmp_path, env)) for command in commands("sh server"))
+        assert generated["sentences"][0].startswith("Hello")
+        assert served["record_type"] == "VALUE_TO_TEXT"
+        assert chat["choices"][0]["message"]["role"] == "assistant"
+        assert graded["model"] and graded["model"] != served["identity"]
+        grades = graded["conversations"][0]["messages"][1]["attributes"]
+        assert len(grades) == 6 and all(0 <= grade <= 4 for grade in grades.values())
+        (tmp_path / "client.py").write_text(text_of("python"))
+        assert run("python client.py", tmp_path, env).strip()
     finally:
         for server in servers:
             server.terminate()
         codes = [server.wait(timeout=90) for server in servers]
     assert codes == [0, 0]
     assert (tmp_path / "steerlm-hf" / "config.json").is_file()
-    graded = [json.loads(line) for line in (tmp_path / "v2t_train.jsonl").read_text().splitlines()]
-    assert graded and all(record["type"] == "VALUE_TO_TEXT" for record in graded)
+    records = [json.loads(line) for line in (tmp_path / "v2t_train.jsonl").read_text().splitlines()]
+    assert records and all(record["type"] == "VALUE_TO_TEXT" for record in records)
+    assert "<svg" in (tmp_path / "data.html").read_text()
