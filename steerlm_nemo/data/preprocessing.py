@@ -47,6 +47,7 @@ from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record
 # Python's JSON reader counts two levels per turn, so its default of 1000 refuses a thread of 500 turns.
 DEEPEST_JSON = 10_000
 AUTO = "auto"
+_OWN_TYPES = (None, *RECORD_TYPES)  # other chat files may have a `type`, too
 
 
 def allow_deep_json() -> None:
@@ -309,10 +310,11 @@ class _Run:
 
     def row_threads(self, line: RawLine) -> list[Thread]:
         """The conversations of a row; none if it is unusable, which is then accounted for."""
-        is_own = self.format.name == CHAT and line.record is not None and "type" in line.record
+        record = line.record or {}
+        is_own = self.format.name == CHAT and {"type", "system"} <= record.keys() and record["type"] in _OWN_TYPES
         try:
-            if is_own and line.record is not None:
-                found = [_own_thread(line.record, line.ref)]
+            if is_own:
+                found = [_own_thread(record, line.ref)]
             else:
                 found = []
                 for sample in self.format.samples(line, self.schema):

@@ -171,6 +171,16 @@ def test_records_of_our_own_keep_their_speakers(tmp_path):
     assert found.grades.counts() == {"humor": Counter({3: 1})}
 
 
+def test_chat_records_of_others_that_have_a_type_are_read_as_preprocessing_reads_them(tmp_path):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
+    source = write(
+        tmp_path / "a.jsonl", *({"conversations": turns, "type": kind} for kind in ("sharegpt", ["x"], None))
+    )
+    found = inspect(source, tmp_path, record_type="VALUE_TO_TEXT")
+    assert dict(found.turns_of) == {"User": 3, "Assistant": 3}
+    assert dict(found.types) == {"VALUE_TO_TEXT": 3}
+
+
 def test_memory_does_not_grow_with_the_texts(tmp_path):
     def peak(num_characters):
         source = write(tmp_path / "a.jsonl", *(record(f"{n} " + "x" * num_characters) for n in range(200)))
