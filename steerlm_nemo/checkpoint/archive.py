@@ -38,6 +38,7 @@ from steerlm_nemo.checkpoint.safety import (
     load_torch_file,
     parse_config,
 )
+from steerlm_nemo.checkpoint.streaming import EagerFile
 from steerlm_nemo.checkpoint.torch_dist import INDEX, check_chunks, parse_index
 from steerlm_nemo.errors import CheckpointError
 
@@ -349,7 +350,7 @@ class NemoWriter:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_stale(folder, self.path.name)
             self._partial = folder / f".{self.path.name}.{secrets.token_hex(8)}.partial"
-            self._file = self._partial.open("xb")
+            self._file = EagerFile(self._partial)
         except OSError as err:
             raise CheckpointError(f"{self.path}: cannot be written: {err.strerror}") from err
         fcntl.flock(self._file, fcntl.LOCK_EX)  # tells `_remove_stale` that somebody still writes it
@@ -362,15 +363,13 @@ class NemoWriter:
             if error is None:
                 self._file.write(bytes(2 * tarfile.BLOCKSIZE))
                 self._pad(tarfile.RECORDSIZE)
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self._file.sync()
                 os.replace(self._partial, self.path)
                 _fsync_folder(self.path.parent)
         except OSError as err:
             raise CheckpointError(f"{self.path}: writing failed: {err.strerror}. Nothing was left there.") from err
         finally:
-            with contextlib.suppress(OSError):  # flushing to a full disk fails once more here
-                self._file.close()
+            self._file.close()
             self._partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise CheckpointError(f"{self.path}: writing failed: {error.strerror}. Nothing was left there.") from error

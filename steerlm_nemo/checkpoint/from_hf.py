@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from steerlm_nemo.checkpoint.llama_config import HFConfig, nemo_config, read_hf_
 from steerlm_nemo.checkpoint.mapping import EXTRA_STATE, EXTRA_STATE_STACKED, OUTPUT, Layout, Rule, rules_for
 from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, TensorPlace, find_tensors
 from steerlm_nemo.checkpoint.safety import CONFIG_NAME
+from steerlm_nemo.checkpoint.streaming import read_ahead
 from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, find_tokenizer
 from steerlm_nemo.checkpoint.torch_dist import DATA_FILE, INDEX, TorchDistWriter, common_and_backend
 from steerlm_nemo.errors import CheckpointError, InputError
@@ -150,31 +152,47 @@ def convert(conversion: Conversion, out: Path, report: Callable[[str], None]) ->
 
 
 def _write_tensors(conversion: Conversion, writer: TorchDistWriter, report: Callable[[str], None]) -> None:
-    layout, rules = conversion.layout, conversion.rules
+    """Append every Megatron tensor."""
+    layout = conversion.layout
+    stacked = [rule for rule in conversion.rules if rule.is_stacked]
+    units: list[tuple[Rule, int | None]] = [(rule, None) for rule in conversion.rules if not rule.is_stacked]
+    units += [(rule, layer) for layer in range(layout.num_layers) for rule in stacked]
 
-    def add(rule: Rule, layer: int | None) -> None:
-        parts = tuple(_cast(name, conversion.tensors[name], conversion.dtype) for name in rule.hf_names(layer))
-        packed = rule.pack(parts, layout)
-        shape = layout.global_shape(rule)
-        if layer is not None:
-            writer.add(rule.mcore, shape, (layer, *(0 for _ in packed.shape)), packed.unsqueeze(0))
-        else:
-            writer.add(rule.mcore, shape, tuple(0 for _ in shape), packed)
-
-    for rule in rules:
-        if not rule.is_stacked:
-            add(rule, None)
-    for layer in range(layout.num_layers):
-        for rule in rules:
-            if rule.is_stacked:
-                add(rule, layer)
-        report(f"layer {layer + 1} of {layout.num_layers}")
-
-
-def _cast(name: str, place: TensorPlace, dtype: str) -> torch.Tensor:
+    import numpy
     import torch
 
-    tensor = place.read()
+    # Two buffers in turn, one being read while the other is written: fresh memory for each tensor costs the system
+    # more time than the reading.
+    sizes = (sum(conversion.tensors[name].num_bytes for name in rule.hf_names(layer)) for rule, layer in units)
+    largest = max(sizes)
+    buffers = cycle([numpy.empty(largest, dtype=numpy.uint8) for _ in range(2)])
+
+    def read(unit: tuple[Rule, int | None]) -> torch.Tensor:
+        rule, layer = unit
+        buffer, start, parts = next(buffers), 0, []
+        for name in rule.hf_names(layer):
+            place = conversion.tensors[name]
+            parts.append(_cast(name, place, place.read(buffer[start : start + place.num_bytes]), conversion.dtype))
+            start += place.num_bytes
+        if rule.is_concatenation and all(conversion.tensors[n].dtype == conversion.dtype for n in rule.hf_names(layer)):
+            # A tensor of its own: torch.save stores all that lies behind a view.
+            whole = torch.from_numpy(buffer[:start])
+            return whole.view(parts[0].dtype).reshape(-1, *parts[0].shape[1:])
+        return rule.pack(tuple(parts), layout)
+
+    for (rule, layer), packed in read_ahead(read, units):
+        shape = layout.global_shape(rule)
+        if layer is None:
+            writer.add(rule.mcore, shape, tuple(0 for _ in shape), packed)
+            continue
+        writer.add(rule.mcore, shape, (layer, *(0 for _ in packed.shape)), packed.unsqueeze(0))
+        if rule is stacked[-1]:
+            report(f"layer {layer + 1} of {layout.num_layers}")
+
+
+def _cast(name: str, place: TensorPlace, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    import torch
+
     if place.dtype == dtype:
         return tensor
     result = tensor.to(getattr(torch, dtype))

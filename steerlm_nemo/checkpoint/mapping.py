@@ -123,6 +123,11 @@ class Rule:
     def is_vocabulary(self) -> bool:
         return self.pack is pad_vocabulary
 
+    @property
+    def is_concatenation(self) -> bool:
+        """Whether the Megatron tensor is the Hugging Face ones one after the other in memory."""
+        return self.pack in (same, stack_rows)
+
     def hf_names(self, layer: int | None) -> tuple[str, ...]:
         return tuple(name.format(i=layer) for name in self.hf)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from steerlm_nemo.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,20 +33,28 @@ class TensorPlace:
     dtype: str  # as torch spells it
     shape: tuple[int, ...]
 
-    def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own.
+    def read(self, into: numpy.ndarray | None = None) -> torch.Tensor:
+        """The tensor, in memory of its own, or in that of `into`: uint8, `num_bytes` long.
 
         Raises:
-            InputError: the file is shorter than when its header was read.
+            InputError: the file is shorter than when its header was read, or cannot be read.
         """
+        import numpy
         import torch
 
-        buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            if file.readinto(buffer.numpy()) != self.num_bytes:  # type: ignore[arg-type]
-                raise InputError(f"{self.path}: ends too early")
-        return buffer.view(getattr(torch, self.dtype)).reshape(self.shape)
+        buffer = numpy.empty(self.num_bytes, dtype=numpy.uint8) if into is None else into
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start)
+                view, done = memoryview(buffer), 0  # type: ignore[arg-type]
+                while done < self.num_bytes:  # one call of the system reads at most 2 GiB
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise InputError(f"{self.path}: ends too early")
+                    done += count
+        except OSError as err:
+            raise InputError(f"{self.path}: cannot be read: {err.strerror}") from err
+        return torch.from_numpy(buffer).view(getattr(torch, self.dtype)).reshape(self.shape)
 
 
 def places_in(path: Path) -> dict[str, TensorPlace]:

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile
 from steerlm_nemo.checkpoint.from_hf import gigabytes
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY, hf_config, layout_of
 from steerlm_nemo.checkpoint.mapping import EMBEDDING, Layout, Rule, rules_for
 from steerlm_nemo.checkpoint.safetensors_io import INDEX, ITEM_SIZE, SINGLE, header
+from steerlm_nemo.checkpoint.streaming import EagerFile, read_ahead
 from steerlm_nemo.checkpoint.tokenizer_files import (
     HUGGINGFACE,
     PACKED_NAMES,
@@ -32,6 +33,9 @@ from steerlm_nemo.checkpoint.tokenizer_files import (
 )
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -186,14 +190,18 @@ def _write_shard(plan: Export, path: Path, shard: list[tuple[Rule, int | None]])
         for rule, layer in shard
         for name, axes in zip(rule.hf_names(layer), rule.hf_axes, strict=True)
     }
-    with path.open("wb") as file:
+
+    def read(unit: tuple[Rule, int | None]) -> torch.Tensor:
+        rule, layer = unit
+        return plan.weights.read(rule.mcore, layer)
+
+    with EagerFile(path) as file:
         file.write(header(entries))
-        for rule, layer in shard:
-            for tensor in rule.unpack(plan.weights.read(rule.mcore, layer), plan.layout):
+        for (rule, _), packed in read_ahead(read, shard):
+            for tensor in rule.unpack(packed, plan.layout):
                 # numpy has no bfloat16; bytes are bytes
                 file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
     return list(entries)
 
 

@@ -15,7 +15,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -211,34 +211,29 @@ class TorchDistWriter:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = _Counting(stream)
         self._tensors: dict[str, Any] = {}
-        self._places: dict[Any, Any] = {}
+        self._chunks: dict[str, list[_Stored]] = {}
+        self._places: dict[_Stored, _Stored] = {}
 
     def add(self, key: str, global_shape: tuple[int, ...], offset: Offset, chunk: torch.Tensor) -> None:
         """Write one chunk of the global tensor `key`. The chunk has as many axes as `global_shape`."""
-        import torch
-        from torch.distributed.checkpoint.metadata import (
-            ChunkStorageMetadata,
-            MetadataIndex,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-
-        stored = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(global_shape), [])
-        )
-        stored.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk.shape)))
-        self._save(MetadataIndex(key, torch.Size(offset)), chunk)
+        if key not in self._tensors:
+            self._chunks[key] = []
+            properties = _Stored(f"{_METADATA} TensorProperties", state=_properties(chunk.dtype))
+            self._tensors[key] = _Stored(
+                f"{_METADATA} TensorStorageMetadata",
+                state={"properties": properties, "size": _size(global_shape), "chunks": self._chunks[key]},
+            )
+        place = {"offsets": _size(offset), "sizes": _size(chunk.shape)}
+        self._chunks[key].append(_Stored(f"{_METADATA} ChunkStorageMetadata", state=place))
+        self._save({"fqn": key, "index": None, "offset": _size(offset)}, chunk)
 
     def add_object(self, key: str, value: object) -> None:
         """Write an object as Megatron writes a `ShardedObject`; `key` ends in `/shard_<index>_<count>`."""
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+        self._tensors[key] = _Stored(f"{_METADATA} BytesStorageMetadata")
+        self._save({"fqn": key, "index": None}, [value])
 
-        self._tensors[key] = BytesStorageMetadata()
-        self._save(MetadataIndex(key), [value])
-
-    def _save(self, index: Any, value: object) -> None:
+    def _save(self, index: dict[str, Any], value: object) -> None:
         import torch
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
 
         start = self._stream.num_bytes
         try:
@@ -246,16 +241,78 @@ class TorchDistWriter:
         except RuntimeError as err:
             # torch reports a full disk as a failure of its own, without the reason
             raise self._stream.error or err from err
-        self._places[index] = _StorageInfo(DATA_FILE, start, self._stream.num_bytes - start)
+        place = {"relative_path": DATA_FILE, "offset": start, "length": self._stream.num_bytes - start}
+        self._places[_Stored(f"{_METADATA} MetadataIndex", state=index)] = _Stored(
+            "torch.distributed.checkpoint.filesystem _StorageInfo", state=place
+        )
 
     def index(self) -> bytes:
-        from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+        state: dict[str, Any] = {
+            "state_dict_metadata": self._tensors,
+            "planner_data": None,
+            "storage_data": self._places,
+            "storage_meta": None,
+            "version": None,
+            # Megatron looks here for the original shape of flattened optimizer tensors; weights have no entry.
+            "mcore_data": {key: {} for key in self._chunks},
+        }
+        return b"\x80\x02" + b"".join(_pickled(_Stored(f"{_METADATA} Metadata", state=state))) + pickle.STOP
 
-        metadata = Metadata(self._tensors, storage_data=self._places)
-        # Megatron looks here for the original shape of flattened optimizer tensors; weights have no entry.
-        sharded = [key for key, stored in self._tensors.items() if isinstance(stored, TensorStorageMetadata)]
-        metadata.mcore_data = {key: {} for key in sharded}  # type: ignore[attr-defined]
-        return pickle.dumps(metadata)
+
+# `.metadata` is written without the classes it names: importing torch.distributed.checkpoint takes as long as torch.
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """An object of class `name` ("module class") made without arguments and given `state`, or a call with `args`."""
+
+    name: str
+    args: tuple[Any, ...] | None = None
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+def _size(shape: Iterable[int]) -> _Stored:
+    return _Stored("torch Size", args=(tuple(shape),))
+
+
+def _properties(dtype: torch.dtype) -> tuple[Any, ...]:
+    """The state of torch's TensorProperties: dtype, layout, requires_grad, memory format, pin_memory."""
+    layout = _Stored("torch.serialization _get_layout", args=("torch.strided",))
+    contiguous = _Stored(f"{_METADATA} _MEM_FORMAT_ENCODING", args=(0,))
+    return (_Global(str(dtype).replace(".", " ")), layout, False, contiguous, False)
+
+
+def _pickled(value: Any) -> Iterator[bytes]:
+    """`value` in the opcodes of pickle protocol 2."""
+    if isinstance(value, _Global):
+        yield pickle.GLOBAL + value.name.replace(" ", "\n").encode() + b"\n"
+    elif isinstance(value, _Stored):
+        yield from _pickled(_Global(value.name))
+        yield from _pickled(value.args or ())
+        yield pickle.NEWOBJ if value.args is None else pickle.REDUCE
+        if value.state is not None:
+            yield from _pickled(value.state)
+            yield pickle.BUILD
+    elif isinstance(value, (tuple, list)):
+        yield pickle.MARK
+        for item in value:
+            yield from _pickled(item)
+        yield pickle.TUPLE if isinstance(value, tuple) else pickle.LIST
+    elif isinstance(value, dict):
+        yield pickle.EMPTY_DICT + pickle.MARK
+        for key, item in value.items():
+            yield from _pickled(key)
+            yield from _pickled(item)
+        yield pickle.SETITEMS
+    else:  # None, bool, int, str
+        yield pickle.dumps(value, protocol=2)[2:-1]
 
 
 class _Counting:
