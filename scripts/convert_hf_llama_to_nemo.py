@@ -2,6 +2,9 @@
 """Convert a Hugging Face Llama folder (safetensors) to a .nemo file that loads at any tensor-parallel size.
 
 scripts/convert_hf_llama_to_nemo.py --in-file models/llama-2-7b-hf --out-file models/llama-2-7b.nemo
+
+Where the model fits in memory, NeMo's logits are compared with transformers' before the file gets its name; if they
+differ nothing is put in place and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -33,6 +36,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE.nemo",
     )  # fmt: skip
     parser.add_argument("--precision", choices=["32", "16", "bf16"], help="default: the dtype of the source")
+    parser.add_argument(
+        *("--no_check", "--no-check"),
+        action="store_true",
+        help="do not compare NeMo's logits with transformers' before the file is put in place",
+    )
     parser.add_argument("--llama31", nargs="?", const="True", help="ignored: rope scaling is read from config.json")
     return parser.parse_args(argv)
 
@@ -40,11 +48,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
+    from steerlm_nemo.checkpoint.logits import logits_check
 
     if args.llama31 is not None:
         print("WARNING: --llama31 is ignored; rope scaling is what config.json says", file=sys.stderr)
     conversion = plan_conversion(args.hf_dir, args.precision)
-    convert(conversion, args.out, lambda line: print(line, flush=True))
+    check = None if args.no_check else logits_check(conversion, args.hf_dir, report)
+    convert(conversion, args.out, report, check)
+
+
+def report(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

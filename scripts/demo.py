@@ -127,7 +127,8 @@ def stages(args: argparse.Namespace) -> "Iterator[Stage]":
     command = script("make_tiny_llama", trees_file=trees, output_dir=base, seed=args.seed, **tiny)
     yield Stage("base", out / "base", [command], [trees], [base / "model.safetensors", tokenizer, base / "config.json"])
 
-    command = script("convert_hf_llama_to_nemo", **{"in-file": base, "out-file": base_nemo})
+    # The logits check costs a start of NeMo, and what this model computes is random.
+    command = [*script("convert_hf_llama_to_nemo", **{"in-file": base, "out-file": base_nemo}), "--no_check"]
     inputs = [base / "model.safetensors", tokenizer, base / "config.json"]
     yield Stage("convert", base_nemo.parent, [command], inputs, [base_nemo])
 

@@ -338,8 +338,10 @@ class NemoWriter:
     (D-33: NeMo up to 1.23 would pack that in place of the new weights).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, approve: Callable[[Path], None] | None = None) -> None:
+        """`approve` is called with the complete file before it is renamed, and raises if it is not to be."""
         self.path = Path(path)
+        self._approve = approve
         self._mtime = int(time.time())
 
     def __enter__(self) -> NemoWriter:
@@ -364,6 +366,8 @@ class NemoWriter:
                 self._file.write(bytes(2 * tarfile.BLOCKSIZE))
                 self._pad(tarfile.RECORDSIZE)
                 self._file.sync()
+                if self._approve is not None:
+                    self._approve(self._partial)
                 os.replace(self._partial, self.path)
                 _fsync_folder(self.path.parent)
         except OSError as err:

@@ -57,9 +57,14 @@ class Conversion:
         return DTYPES[self.precision]
 
     @property
+    def num_parameters(self) -> int:
+        """Of the result, padded vocabulary rows included."""
+        return sum(math.prod(self.layout.global_shape(rule)) for rule in self.rules)
+
+    @property
     def num_bytes(self) -> int:
         """Weights of the result."""
-        return sum(math.prod(self.layout.global_shape(rule)) for rule in self.rules) * ITEM_SIZE[self.dtype]
+        return self.num_parameters * ITEM_SIZE[self.dtype]
 
 
 def plan_conversion(folder: Path, precision: str | None) -> Conversion:
@@ -118,8 +123,15 @@ def _same_bytes(one: TensorPlace, other: TensorPlace) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.read(), other.read())
 
 
-def convert(conversion: Conversion, out: Path, report: Callable[[str], None]) -> None:
+def convert(
+    conversion: Conversion,
+    out: Path,
+    report: Callable[[str], None],
+    approve: Callable[[Path], None] | None = None,
+) -> None:
     """Write the `.nemo`. `report` gets one line per layer and a closing line.
+
+    `approve` is called with the complete file before it gets its name; what it raises leaves the old file, or none.
 
     Raises:
         CheckpointError: the disk is too small or fails, or a value does not fit into fp16.
@@ -135,7 +147,15 @@ def convert(conversion: Conversion, out: Path, report: Callable[[str], None]) ->
     model_config = nemo_config(
         conversion.config, layout, conversion.divisor, conversion.precision, conversion.tokenizer, conversion.generation
     )
-    with NemoWriter(out) as archive:
+    seconds = 0.0
+
+    def approve_timed(path: Path) -> None:
+        nonlocal seconds
+        seconds = time.monotonic() - started
+        if approve is not None:
+            approve(path)
+
+    with NemoWriter(out, approve_timed) as archive:
         archive.add(CONFIG_NAME, yaml.safe_dump(model_config, sort_keys=False).encode())
         for name, data in sorted(conversion.tokenizer.files.items()):
             archive.add(name, data)
@@ -147,7 +167,6 @@ def convert(conversion: Conversion, out: Path, report: Callable[[str], None]) ->
         archive.add(f"{WEIGHTS_DIR}/{INDEX}", writer.index())
         archive.add(f"{WEIGHTS_DIR}/common.pt", common)
         archive.add(f"{WEIGHTS_DIR}/metadata.json", backend)
-    seconds = time.monotonic() - started
     report(f"wrote {out}: {gigabytes(out.stat().st_size)} in {seconds:.1f} s; vocabulary {vocabulary_text(layout)}")
 
 

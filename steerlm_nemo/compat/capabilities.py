@@ -60,6 +60,11 @@ def detect() -> Capabilities:
     )
 
 
+def missing_packages(*others: str) -> list[str]:
+    """Which of the training stack's packages, and of `others`, are not installed. Imports none of them."""
+    return [name for name in (*PINS, *others) if _version(name) is None]
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -70,24 +71,32 @@ def timed(call: Callable[[], object]) -> Run:
     return Run(time.perf_counter() - start)
 
 
+# A process's peak counts from its fork on, when it still is a copy of its parent; so a small one starts it.
+_STARTER = """
+import os, sys, time
+start = time.perf_counter()
+child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(child, 0)
+with open(sys.argv[1], "w") as file:
+    print(time.perf_counter() - start, usage.ru_maxrss * 1024, file=file)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def measured_process(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
     """Run a command: wall seconds and peak resident memory of that process (not of its children).
 
     Raises:
         RuntimeError: it did not exit with 0; its output is in the message.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        list(argv), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}
-    )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # wait4 took it from subprocess
-    seconds = time.perf_counter() - start
-    if process.returncode != 0:
-        raise RuntimeError(f"{argv} exited with {process.returncode}:\n{output.decode(errors='replace')[-4000:]}")
-    return Run(seconds, usage.ru_maxrss * 1024)
+    with tempfile.NamedTemporaryFile("r") as measured:
+        starter = [sys.executable, "-S", "-c", _STARTER, measured.name]
+        process = subprocess.run([*starter, *argv], capture_output=True, text=True, env={**os.environ, **(env or {})})
+        if process.returncode != 0:
+            output = (process.stdout + process.stderr)[-4000:]
+            raise RuntimeError(f"{argv} exited with {process.returncode}:\n{output}")
+        seconds, peak = measured.read().split()
+    return Run(float(seconds), int(peak))
 
 
 def report(name: str, contestants: Mapping[str, Contestant], figures: Mapping[str, Any]) -> Path:

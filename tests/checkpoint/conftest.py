@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llamas import MakeLlama, convert_quietly
+from llamas import LLAMA3_ROPE, ROOT, MakeLlama, convert_quietly
 
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
@@ -61,3 +61,29 @@ def llama_nemo(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stories(shared_data: Path) -> Path:
     """A genuine trained Llama: grouped-query attention, tied embeddings, with logits from another implementation."""
     return shared_data / "tiny-llama-checkpoint"
+
+
+@pytest.fixture(scope="session")
+def llama3_style(make_llama: MakeLlama) -> Path:
+    """A Llama with nothing but a `tokenizer.json`, of Llama 3's kind: byte-level BPE, BOS added by a template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=384 - len(special), initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train([str(ROOT / "docs" / "checkpoints.md")], trainer)
+    tokenizer.add_special_tokens(special)
+    bos_id = tokenizer.token_to_id(special[0])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A", special_tokens=[(special[0], bos_id)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1])
+    rope = {"rope_scaling": LLAMA3_ROPE, "rope_theta": 5e5, "vocab_size": len(fast), "bos_token_id": bos_id}
+    folder = make_llama(**rope, eos_token_id=bos_id + 1)
+    (folder / "tokenizer.model").unlink()
+    fast.save_pretrained(folder)
+    return folder

@@ -342,7 +342,17 @@ def test_scripts_exit_with_a_message_and_without_a_traceback(llama: Path, llama_
 
 def test_the_spellings_of_nemo_2_and_the_old_rope_flag_are_accepted(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.nemo"
-    args = ("--input_name_or_path", llama, "--output_path", out, "--precision", "bf16", "--llama31", "True")
+    args = (
+        "--input_name_or_path",
+        llama,
+        "--output_path",
+        out,
+        "--precision",
+        "bf16",
+        "--llama31",
+        "True",
+        "--no_check",
+    )
     done = run_script("convert_hf_llama_to_nemo.py", *args)
     assert done.returncode == 0, done.stderr
     assert "--llama31 is ignored" in done.stderr and "scale_positional_embedding" not in read_config(out)
