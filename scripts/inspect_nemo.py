@@ -23,7 +23,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read every tensor and hash every member (finds what cannot be read; a changed number has no witness)",
+        help="read every tensor, compare it with the CRC-32 stored when it was written, count NaN, hash every member; "
+        "finds what is unreadable and what changed by accident, not a forgery. zarr weights have no CRC",
     )
     return parser.parse_args(argv)
 

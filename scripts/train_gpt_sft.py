@@ -37,9 +37,9 @@ def main() -> None:
     if show_only:
         print(printable(cfg))
         return
-    from steerlm_nemo.checkpoint.archive import read_config
+    from steerlm_nemo.checkpoint.archive import check_nemo
 
-    base = read_config(cfg.model.restore_from_path)
+    base = check_nemo(cfg.model.restore_from_path)
     config.check(cfg, base)
     refuse_foreign_resume(cfg)
     if launch.should_warn():

@@ -120,7 +120,9 @@ class HuggingFaceTokenizer:
             if path.suffix == ".json" and path.is_file():
                 self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
             else:
-                self._tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), use_fast=True)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    str(name_or_path), use_fast=True, trust_remote_code=False
+                )
         except (OSError, ValueError) as err:
             raise InputError(f"{name_or_path}: cannot load a Hugging Face tokenizer from here: {err}") from err
         if extra_special_tokens:

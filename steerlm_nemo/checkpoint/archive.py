@@ -31,15 +31,18 @@ from typing import IO, Any
 
 from steerlm_nemo.checkpoint.safety import (
     CONFIG_NAME,
+    ZARR_ARRAY,
     Slice,
     check_config,
     check_directory,
+    is_index,
     is_pickle_file,
     load_torch_file,
     parse_config,
+    zarr_array,
 )
 from steerlm_nemo.checkpoint.streaming import EagerFile
-from steerlm_nemo.checkpoint.torch_dist import INDEX, check_chunks, parse_index
+from steerlm_nemo.checkpoint.torch_dist import check_chunks, parse_index
 from steerlm_nemo.errors import CheckpointError
 
 WEIGHTS_DIR = "model_weights"
@@ -184,14 +187,28 @@ def extract_nemo(path: str | Path, into: str | Path) -> Path:
     return into
 
 
+def check_nemo(path: str | Path) -> dict[str, Any]:
+    """The config of a `.nemo` whose every pickle has been checked, without extracting it: to refuse before NeMo starts.
+
+    Raises:
+        CheckpointError: as `open_nemo`, or a pickle is unsafe.
+    """
+    with open_nemo(path) as nemo:
+        config = nemo.config
+        check_weights(nemo)
+    return config
+
+
 def check_weights(nemo: NemoFile) -> None:
-    """Check every pickle of an opened `.nemo` where it lies, without extracting it."""
+    """Check every pickle and zarr array of an opened `.nemo` where it lies, without extracting it."""
     for name in sorted(nemo.members):
         where = f"{nemo.path}:{name}"
         if is_pickle_file(name):
             with nemo.open(name) as member:
                 load_torch_file(member, where)
-        elif posixpath.basename(name) == INDEX:
+        elif posixpath.basename(name) == ZARR_ARRAY:
+            zarr_array(nemo.read(name), where)
+        elif is_index(name):
             folder = posixpath.dirname(name)
             with nemo.open(name) as member:
                 index = parse_index(member, where)

@@ -13,8 +13,10 @@ from typing import Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile, check_weights, open_nemo
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY
+from steerlm_nemo.checkpoint.mapping import RULES
 from steerlm_nemo.checkpoint.safety import CONFIG_NAME
 from steerlm_nemo.checkpoint.tokenizer_files import sentencepiece_facts, tokenizer_json_size
+from steerlm_nemo.checkpoint.torch_dist import changed_chunks
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import SteerLMError
 from steerlm_nemo.template import SteerLMFormat
@@ -32,7 +34,8 @@ _SMALL_BYTES = 64 * 2**20  # hashed without being asked; weights only with `veri
 def inspect_nemo(path: Path, verify: bool) -> dict[str, Any]:
     """Facts about a `.nemo`; `damage` lists what is wrong with it, and is empty for a sound file.
 
-    With `verify`, every tensor is read and counted for values that are not finite, and every member is hashed.
+    With `verify`, every tensor is read and counted for values that are not finite, every chunk is compared with the
+    CRC-32 stored when it was written (torch_dist only; zarr has none), and every member is hashed.
     """
     facts: dict[str, Any] = {"path": str(path)}
     damage: list[str] = []
@@ -68,6 +71,7 @@ def _weights(nemo: NemoFile, verify: bool, damage: list[str]) -> dict[str, Any]:
         "format": weights.format,
         "dtypes": sorted({tensor.dtype for tensor in tensors.values()}),
         "num_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "tensor_parallel_ranks": _tensor_parallel_ranks(weights),
         "tensors": {key: list(tensor.shape) for key, tensor in sorted(tensors.items())},
     }
     if verify:
@@ -80,9 +84,24 @@ def _weights(nemo: NemoFile, verify: bool, damage: list[str]) -> dict[str, Any]:
                     facts["num_not_finite"] += int((~values.isfinite()).sum())
                 except SteerLMError as err:
                     damage.append(f"{key}{'' if layer is None else f' layer {layer}'}: {err}")
+        facts["checksums"] = "none in this format"
+        if weights.format == "torch_dist":
+            changed = list(changed_chunks(weights.index, weights.open_file, weights.where))
+            damage.extend(changed)
+            facts["checksums"] = f"{len(changed)} chunks differ" if changed else "CRC-32 of every chunk agrees"
         if facts["num_not_finite"]:
             damage.append(f"{facts['num_not_finite']} weights are NaN or infinite")
     return facts
+
+
+def _tensor_parallel_ranks(weights: DistributedWeights) -> int | None:
+    """Across how many ranks the weights were split when they were saved; None for what is not a Llama."""
+    for rule in RULES:
+        tensor = weights.index.tensors.get(rule.mcore)
+        if rule.tp_axis == 1 and tensor is not None and tensor.chunks:
+            axis = rule.tp_axis + len(tensor.shape) - 2  # the layers come first where they are stacked
+            return tensor.shape[axis] // tensor.chunks[0].shape[axis]
+    return None
 
 
 def _tokenizer(nemo: NemoFile) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _compat_pickle
 import io
+import json
 import os
 import pickle
 import re
@@ -36,6 +37,8 @@ TARGET_PREFIXES = (
     *("torch.nn.", "torch.optim.", "torch.utils.data.", "lightning.pytorch.", "pytorch_lightning."),
 )  # fmt: skip
 _TARGET_KEYS = ("_target_", "target", "cls")
+# NeMo's tokenizer libraries but for `tabular`, which unpickles its vocabulary.
+TOKENIZER_LIBRARIES = ("sentencepiece", "huggingface", "megatron", "byte-level", "regex", "tiktoken", "null")
 
 _DTYPES = "float64 float32 float16 bfloat16 uint8 int8 int16 int32 int64 bool float8_e4m3fn float8_e5m2"
 _STORAGES = "Double Float Half BFloat16 Byte Char Short Int Long Bool"
@@ -73,6 +76,8 @@ ALLOWED_GLOBALS = frozenset(
 )
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt")
+_INDEX_SUFFIX = ".metadata"  # torch also knows one per rank, such as `__0.metadata`
+ZARR_ARRAY = ".zarray"
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -180,7 +185,7 @@ def load_torch_file(file: IO[bytes], where: str) -> Any:
     """Parse a file of `torch.save` (torch 1.6 or later) without its tensor data.
 
     torch finds its records with another zip reader than ours, so anything on which two readers could disagree
-    (names that differ in case only, two top folders) is refused.
+    (two directories, names that differ in case only, two top folders) is refused.
 
     Raises:
         CheckpointError: not such a file, or its pickle names something that is not allowed.
@@ -192,8 +197,9 @@ def load_torch_file(file: IO[bytes], where: str) -> Any:
             "If you trust it, load it with torch and save it again."
         )
     try:
+        _require_one_directory(file, where)
         with zipfile.ZipFile(file) as archive:
-            names = [info.filename for info in archive.infolist()]
+            names = [info.orig_filename for info in archive.infolist()]
             folded = {name.casefold() for name in names}
             if len(folded) < len(names) or len({name.split("/")[0] for name in names}) != 1:
                 raise CheckpointError(
@@ -215,6 +221,30 @@ def load_torch_file(file: IO[bytes], where: str) -> Any:
             return result
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error) as err:
         raise CheckpointError(f"{where}: damaged: {err}") from err
+
+
+def _require_one_directory(file: IO[bytes], where: str) -> None:
+    """Refuse a zip whose end does not follow its directory at the place that it names.
+
+    Python takes the directory that lies before the end, torch the one that the end points to: with other data in
+    between (a second archive appended to the first is enough) they read different files.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 98))
+    tail = file.read(98)
+    end = struct.unpack("<4s4H2LH", tail[-22:])
+    directory, start_of_end = end[5] + end[6], size - 22
+    if tail[-42:-38] == b"PK\x06\x07":  # the 64-bit end, which torch always writes
+        if struct.unpack("<Q", tail[-34:-26])[0] != size - 98 or tail[:4] != b"PK\x06\x06":
+            directory = -1
+        else:
+            directory, start_of_end = sum(struct.unpack("<2Q", tail[40:56])), size - 98
+    if end[0] != b"PK\x05\x06" or end[7] or directory != start_of_end:
+        raise CheckpointError(
+            f"{where}: its zip does not end where its directory does, so two readers could read different files in it. "
+            "Refused; it is damaged, or two archives in one."
+        )
+    file.seek(0)
 
 
 class Slice(io.RawIOBase):
@@ -257,6 +287,9 @@ ConfigLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 )
 
 
+_RESOLVER = re.compile(r"\$\{[^{}]*:")  # `${name:...}` calls; `${name}` only refers to another key
+
+
 def parse_config(data: bytes, where: str) -> dict[str, Any]:
     """`model_config.yaml` as a dict, checked.
 
@@ -292,6 +325,18 @@ def check_config(config: Any, where: str) -> None:
             raise CheckpointError(
                 f"{where}: {path} is {value!r}: that lets a tokenizer run Python code of its own. Set it to false."
             )
+        if key == "library" and isinstance(value, str) and value not in TOKENIZER_LIBRARIES:
+            raise CheckpointError(
+                f"{where}: {path} is {value!r}, a tokenizer that is not known to be safe to load. "
+                f"Known are {', '.join(TOKENIZER_LIBRARIES)}."
+            )
+        if isinstance(value, str) and _RESOLVER.search(value):
+            raise CheckpointError(
+                f"{where}: {path} is {value!r}: OmegaConf would call a function of that name, which can read the "
+                "environment. Refused; a checkpoint's config holds values only."
+            )
+        if isinstance(value, str) and value.startswith("nemo:") and _leaves(value.removeprefix("nemo:")):
+            raise CheckpointError(f"{where}: {path} is {value!r}, which leads out of the archive. Refused.")
         # `target` and `cls` are also ordinary words; only a dotted path is imported.
         is_class_path = key == "_target_" or (key in _TARGET_KEYS and isinstance(value, str) and "." in value)
         if is_class_path and not (isinstance(value, str) and value.startswith(TARGET_PREFIXES)):
@@ -299,6 +344,10 @@ def check_config(config: Any, where: str) -> None:
                 f"{where}: {path} is {value!r}, which loading would import and call. "
                 f"Only {', '.join(prefix + '*' for prefix in TARGET_PREFIXES)} are allowed."
             )
+
+
+def _leaves(member: str) -> bool:
+    return member.startswith("/") or ".." in member.split("/")
 
 
 def _entries(node: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any, Any]]:
@@ -314,6 +363,30 @@ def _entries(node: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any, A
 def is_pickle_file(name: str) -> bool:
     """Whether NeMo, Megatron or torch would unpickle a member of this name as a whole."""
     return name.endswith(_PICKLE_SUFFIXES)
+
+
+def is_index(name: str) -> bool:
+    """Whether torch would read a member of this name as the index of a distributed checkpoint."""
+    return name.endswith(_INDEX_SUFFIX)
+
+
+def zarr_array(data: bytes, where: str) -> dict[str, Any]:
+    """The content of a `.zarray`, as Megatron writes it: bare numbers, neither compressed nor filtered.
+
+    Raises:
+        CheckpointError: anything else. A filter can be a pickle, and a compressor is code that reads foreign bytes.
+    """
+    try:
+        array = json.loads(data)
+        is_plain = array["compressor"] is None and not array["filters"] and array["order"] == "C"
+        is_number = re.fullmatch(r"[<|][fiub][1248]|bfloat16", array["dtype"]) is not None
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        raise CheckpointError(f"{where}: not the description of a zarr array ({err!r})") from err
+    if not is_plain or not is_number:
+        raise CheckpointError(
+            f"{where}: only uncompressed arrays of numbers, as Megatron writes them, are read. Refused."
+        )
+    return array
 
 
 def check_directory(directory: Path) -> None:
@@ -337,8 +410,10 @@ def check_directory(directory: Path) -> None:
             path = Path(root, name)
             if name == CONFIG_NAME:
                 parse_config(path.read_bytes(), str(path))
+            elif name == ZARR_ARRAY:
+                zarr_array(path.read_bytes(), str(path))
             elif is_pickle_file(name):
                 with path.open("rb") as file:
                     load_torch_file(file, str(path))
-            elif name == ".metadata":
-                check_index(Path(root))
+            elif is_index(name):
+                check_index(path)

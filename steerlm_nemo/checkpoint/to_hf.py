@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerlm_nemo.checkpoint.archive import NemoFile
+from steerlm_nemo.checkpoint.archive import NemoFile, check_weights
 from steerlm_nemo.checkpoint.from_hf import gigabytes
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY, hf_config, layout_of
 from steerlm_nemo.checkpoint.mapping import EMBEDDING, Layout, Rule, rules_for
@@ -73,8 +73,9 @@ def plan_export(nemo: NemoFile) -> Export:
     Raises:
         CheckpointError: naming what does not fit.
     """
-    config, weights = nemo.config, DistributedWeights(nemo)
-    weights.check()
+    config = nemo.config
+    check_weights(nemo)
+    weights = DistributedWeights(nemo)
     if weights.dtype not in ITEM_SIZE:
         raise CheckpointError(
             f"{weights.where}: tensors are {weights.dtype}; only {', '.join(ITEM_SIZE)} can be exported"

@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING
 
 from steerlm_nemo.checkpoint.archive import WEIGHTS_DIR, NemoFile
 from steerlm_nemo.checkpoint.mapping import Layout, Rule
-from steerlm_nemo.checkpoint.torch_dist import INDEX, Index, check_chunks, parse_index, read_slab
+from steerlm_nemo.checkpoint.torch_dist import INDEX, Index, parse_index, read_slab
 from steerlm_nemo.checkpoint.zarr_index import zarr_index
 from steerlm_nemo.errors import CheckpointError
 
@@ -41,10 +41,6 @@ class DistributedWeights:
 
     def open_file(self, name: str) -> IO[bytes]:
         return self._nemo.open(f"{WEIGHTS_DIR}/{name}")
-
-    def check(self) -> None:
-        """Check the pickle of every chunk. Raises CheckpointError at the first that is refused."""
-        check_chunks(self.index, self.open_file, self.where)
 
     @functools.cached_property
     def dtype(self) -> str:

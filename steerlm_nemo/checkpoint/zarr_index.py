@@ -8,16 +8,15 @@ refused. Transformer Engine's `..._extra_state/shard_*.pt` beside them are not r
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import posixpath
 
 from steerlm_nemo.checkpoint.archive import NemoFile
 from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE
+from steerlm_nemo.checkpoint.safety import ZARR_ARRAY, zarr_array
 from steerlm_nemo.checkpoint.torch_dist import Chunk, Index, StoredTensor
 from steerlm_nemo.errors import CheckpointError
 
-ARRAY_FILE = ".zarray"
 _DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16"}
 
 
@@ -27,7 +26,7 @@ def zarr_index(nemo: NemoFile, folder: str) -> Index:
     Raises:
         CheckpointError: an array that Megatron would not have written, or a chunk that is missing or cut off.
     """
-    arrays = [name for name in nemo.members if name.startswith(f"{folder}/") and name.endswith(f"/{ARRAY_FILE}")]
+    arrays = [name for name in nemo.members if name.startswith(f"{folder}/") and name.endswith(f"/{ZARR_ARRAY}")]
     tensors = {}
     for name in sorted(arrays):
         key = posixpath.relpath(posixpath.dirname(name), folder)
@@ -36,16 +35,17 @@ def zarr_index(nemo: NemoFile, folder: str) -> Index:
 
 
 def _read_array(nemo: NemoFile, folder: str, key: str) -> StoredTensor:
-    where = f"{nemo.path}:{folder}/{key}/{ARRAY_FILE}"
+    where = f"{nemo.path}:{folder}/{key}/{ZARR_ARRAY}"
+    array = zarr_array(nemo.read(f"{folder}/{key}/{ZARR_ARRAY}"), where)
     try:
-        array = json.loads(nemo.read(f"{folder}/{key}/{ARRAY_FILE}"))
         shape, chunk_shape = tuple(map(int, array["shape"])), tuple(map(int, array["chunks"]))
         dtype, separator = _DTYPES.get(array["dtype"]), array.get("dimension_separator", ".")
-        is_plain = array["compressor"] is None and not array["filters"] and array["order"] == "C"
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError) as err:
         raise CheckpointError(f"{where}: not the description of a zarr array ({err!r})") from err
-    if dtype is None or not is_plain or separator != ".":
-        raise CheckpointError(f"{where}: only uncompressed float arrays as Megatron writes them are supported")
+    if dtype is None or separator != ".":
+        raise CheckpointError(f"{where}: only arrays of {', '.join(_DTYPES.values())} as Megatron writes them are read")
+    if any(size < 1 for size in (*shape, *chunk_shape)):
+        raise CheckpointError(f"{where}: a shape of {list(shape)} in chunks of {list(chunk_shape)}. It is damaged.")
     if len(shape) != len(chunk_shape) or any(size % part for size, part in zip(shape, chunk_shape, strict=True)):
         raise CheckpointError(f"{where}: chunks of {list(chunk_shape)} do not divide the shape {list(shape)}")
     num_bytes = math.prod(chunk_shape) * ITEM_SIZE[dtype]

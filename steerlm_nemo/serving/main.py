@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from steerlm_nemo.checkpoint.archive import read_config
+from steerlm_nemo.checkpoint.archive import check_nemo
 from steerlm_nemo.compat import leave_a_core
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.serving.loading import check_parallelism
@@ -22,7 +22,7 @@ def resolve(cfg: DictConfig) -> Mapping[str, Any]:
     Raises:
         CheckpointError, ConfigError: the checkpoint cannot be read, or sizes do not fit.
     """
-    config = read_config(cfg.gpt_model_file)
+    config = check_nemo(cfg.gpt_model_file)
     num_ranks = cfg.trainer.devices * cfg.trainer.num_nodes
     if cfg.pipeline_model_parallel_size in (-1, None):
         cfg.pipeline_model_parallel_size = 1

@@ -25,7 +25,7 @@ from steerlm_nemo.checkpoint.tokenizer_files import localise_tokenizer
 from steerlm_nemo.checkpoint.tokenizers import load_tokenizer, read_artifacts
 from steerlm_nemo.compat import prepare, quiet_logs
 from steerlm_nemo.config import printable
-from steerlm_nemo.errors import ConfigError, SteerLMError
+from steerlm_nemo.errors import CheckpointError, ConfigError, SteerLMError
 from steerlm_nemo.template import SteerLMFormat
 from steerlm_nemo.training import config as training_config
 from steerlm_nemo.training.batching import grouped_by_length, padding_share
@@ -51,8 +51,8 @@ def run(cfg: DictConfig) -> None:
     is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     log_dir = Path(cfg.exp_manager.explicit_log_dir)
     identity = fingerprint(cfg)  # of what was asked for, before it is adapted to this machine
-    for checkpoint in log_dir.glob("checkpoints/*-last"):
-        check_directory(checkpoint)  # NeMo unpickles what it resumes from
+    for checkpoint in (*log_dir.glob("checkpoints/*last"), *log_dir.glob("checkpoints/*end")):
+        check_resumable(checkpoint)  # before NeMo starts; what exp_manager then chooses is checked once more
     capabilities = prepare()
     quiet_logs(verbose=bool(cfg.get("verbose", False)))
     if is_first:
@@ -86,6 +86,8 @@ def run(cfg: DictConfig) -> None:
         # The .nemo is written below: NeMo writes it in place, next to whatever lies there (D-33).
         exp_manager_cfg.checkpoint_callback_params.save_nemo_on_train_end = False
     exp_manager(ptl_trainer, exp_manager_cfg)
+    if ptl_trainer.ckpt_path is not None:
+        check_resumable(Path(ptl_trainer.ckpt_path))
     _start_loggers(ptl_trainer.loggers)
     logger = CustomLoggerWrapper(ptl_trainer.loggers)
 
@@ -144,6 +146,19 @@ def run(cfg: DictConfig) -> None:
         _save_nemo(model, config, artifacts, target)
         if is_first:
             print(f"trained {trainer.step} steps in {time.monotonic() - started:.0f} s; wrote {target}", flush=True)
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Refuse a training checkpoint that is unsafe: NeMo unpickles what it resumes from.
+
+    Raises:
+        CheckpointError: it is not a distributed checkpoint, or something in it is refused.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: not a folder. Runs resume from distributed checkpoints, which are folders; move this away."
+        )
+    check_directory(checkpoint)
 
 
 def _check_optimizer(optim: DictConfig) -> None:

@@ -13,27 +13,17 @@ import os
 import sys
 from pathlib import Path
 
+from steerlm_nemo.checkpoint.logits import nemo_logits
 from steerlm_nemo.serving.loading import load_for_inference
 
 
 def main() -> None:
-    import torch
     from safetensors.torch import load_file, save_file
 
     tp_size = int(os.environ["WORLD_SIZE"])
     for task in json.loads(Path(sys.argv[1]).read_text()):
         model = load_for_inference(task["nemo"], tp_size, "32").nemo_model
-        from megatron.core import parallel_state
-
-        logits = {}
-        for name, token_ids in load_file(task["token_ids"]).items():
-            length = token_ids.numel()
-            future = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
-            with torch.no_grad():
-                shard = model.model(token_ids.reshape(1, -1), torch.arange(length).reshape(1, -1), future).contiguous()
-            shards = [torch.empty_like(shard) for _ in range(tp_size)]
-            torch.distributed.all_gather(shards, shard, group=parallel_state.get_tensor_model_parallel_group())
-            logits[name] = torch.cat(shards, dim=-1)[0].contiguous()
+        logits = {name: nemo_logits(model, token_ids) for name, token_ids in load_file(task["token_ids"]).items()}
         if os.environ["RANK"] == "0":
             save_file(logits, task["logits"])
         if task["save"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import pickle
 import random
@@ -21,7 +22,7 @@ import pytest
 import torch
 from llamas import ROOT
 
-from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, read_config, write_nemo
+from steerlm_nemo.checkpoint.archive import check_nemo, extract_nemo, open_nemo, read_config, write_nemo
 from steerlm_nemo.checkpoint.safety import check_directory
 from steerlm_nemo.errors import CheckpointError
 
@@ -99,6 +100,21 @@ def add_two_pickles(tar: tarfile.TarFile, here: Path) -> None:
     add(tar, "./model_weights.ckpt", data.getvalue())
 
 
+def add_two_archives(tar: tarfile.TarFile, here: Path) -> None:
+    """Two zips of equal length, one after the other: Python reads the second, torch the first."""
+    hostile = torch_file({"w": Payload()})
+    harmless = next(data for n in range(400) if len(data := torch_file({"w": "x" * n})) == len(hostile))
+    add(tar, "./model_weights.ckpt", hostile + harmless)
+
+
+def add_zarr_filter(tar: tarfile.TarFile, here: Path) -> None:
+    """zarr's `pickle` filter unpickles every chunk."""
+    array = {"shape": [4], "chunks": [4], "dtype": "|O", "compressor": None, "order": "C", "fill_value": 0}
+    array |= {"filters": [{"id": "pickle", "protocol": 5}], "zarr_format": 2}
+    add(tar, "./model_weights/model.w/.zarray", json.dumps(array).encode())
+    add(tar, "./model_weights/model.w/0", pickle.dumps(Payload()))
+
+
 def add_metadata_outside(tar: tarfile.TarFile, here: Path) -> None:
     from steerlm_nemo.checkpoint import torch_dist
 
@@ -154,6 +170,15 @@ HOSTILE: dict[str, tuple[Build, str]] = {
     "distcp pickle": (add_distcp_payload, "its pickle asks for posix.system"),
     "nested pickle": (add_nested_payload, "its pickle asks for posix.system"),
     "two pickles": (add_two_pickles, "doubtful record names"),
+    "two archives": (add_two_archives, "does not end where its directory does"),
+    "zarr filter": (add_zarr_filter, "only uncompressed arrays of numbers"),
+    "index of one rank": (
+        lambda tar, here: add(tar, "./model_weights/__0.metadata", pickle.dumps(Payload())),
+        "its pickle asks for posix.system",
+    ),
+    "tabular tokenizer": (add_config("tokenizer: {library: tabular, vocab_file: 'nemo:v'}"), "library is 'tabular'"),
+    "resolver": (add_config("optim: {name: '${oc.env:HOME}'}"), "OmegaConf would call a function"),
+    "artifact outside": (add_config("tokenizer: {model: 'nemo:../../etc/passwd'}"), "leads out of the archive"),
 }
 
 
@@ -172,7 +197,7 @@ def test_a_hostile_archive_is_refused_with_its_reason_and_leaves_nothing(
         build(tar, here)
         if "./model_config.yaml" not in tar.getnames():
             add(tar, "./model_config.yaml", b"num_layers: 1\n")
-    for use in (lambda: extract_nemo(path, here / "into"), lambda: _open_all(path)):
+    for use in (lambda: extract_nemo(path, here / "into"), lambda: _open_all(path), lambda: check_nemo(path)):
         with pytest.raises(CheckpointError) as refusal:
             use()
         assert message in str(refusal.value)
@@ -191,6 +216,21 @@ def _open_all(path: Path) -> None:
 def test_the_payload_of_these_tests_does_run_in_a_plain_unpickler() -> None:
     try:
         pickle.loads(pickle.dumps(Payload()))
+        assert CANARY.exists()
+    finally:
+        CANARY.unlink(missing_ok=True)
+
+
+def test_torch_does_read_the_first_of_two_archives(tmp_path: Path) -> None:
+    """The control of "two archives": what our reader takes for harmless would run."""
+    with tarfile.open(tmp_path / "model.nemo", "w:") as tar:
+        add_two_archives(tar, tmp_path)
+    with tarfile.open(tmp_path / "model.nemo") as tar:
+        data = tar.extractfile("./model_weights.ckpt").read()  # type: ignore[union-attr]
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert b"system" not in archive.read("archive/data.pkl")
+    try:
+        torch.load(io.BytesIO(data), weights_only=False)
         assert CANARY.exists()
     finally:
         CANARY.unlink(missing_ok=True)
@@ -310,7 +350,8 @@ def test_genuine_layouts_open(llama_nemo: Path, tmp_path: Path, layout: str) -> 
 def test_zarr_and_legacy_layouts_open(tmp_path: Path) -> None:
     array = tmp_path / "zarr" / "model_weights" / "model.decoder.final_layernorm.weight"
     array.mkdir(parents=True)
-    (array / ".zarray").write_text("{}")
+    description = {"shape": [4], "chunks": [4], "dtype": "<f4", "compressor": None, "filters": None, "order": "C"}
+    (array / ".zarray").write_text(json.dumps(description))
     (array / "0").write_bytes(bytes(16))
     extra = array.parent / "model.decoder.layers.mlp.linear_fc1._extra_state"
     extra.mkdir()

@@ -35,6 +35,8 @@ def test_a_sound_file_is_described(llama_nemo: Path) -> None:
     per_layer = 64 * (2 * 64 + 2 * 32) + 3 * 64 * 96 + 2 * 64
     assert facts["weights"]["num_parameters"] == 2 * rows * 64 + 3 * per_layer + 64
     assert facts["weights"]["dtypes"] == ["float32"] and facts["weights"]["num_not_finite"] == 0
+    assert facts["weights"]["checksums"] == "CRC-32 of every chunk agrees"
+    assert facts["weights"]["tensor_parallel_ranks"] == 1
     assert facts["tokenizer"]["member"] == "tokenizer.model"
     assert facts["converted_from"]["config"]["architectures"] == ["LlamaForCausalLM"]
     assert facts["steerlm"] is None
@@ -71,7 +73,7 @@ def cut(folder: Path) -> None:
 
 
 def flip_bits(folder: Path) -> None:
-    """Bits inside tensor data; torch checks no sum on reading, so this is found as values that are not finite."""
+    """Bits inside tensor data, such that they are no numbers."""
     with open_nemo(folder) as nemo:
         from steerlm_nemo.checkpoint.weights import DistributedWeights
 
@@ -80,6 +82,18 @@ def flip_bits(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     middle = chunk.start + chunk.num_bytes // 2
     data[middle : middle + 64] = b"\xff" * 64
+    path.write_bytes(data)
+
+
+def flip_one_bit(folder: Path) -> None:
+    """The least significant bit of one weight: as good a number as the right one."""
+    with open_nemo(folder) as nemo:
+        from steerlm_nemo.checkpoint.weights import DistributedWeights
+
+        chunk = DistributedWeights(nemo).index.tensors["model.embedding.word_embeddings.weight"].chunks[0]
+    path = folder / "model_weights" / chunk.file
+    data = bytearray(path.read_bytes())
+    data[chunk.start + chunk.num_bytes // 2] ^= 1
     path.write_bytes(data)
 
 
@@ -95,6 +109,7 @@ def flip_bits(folder: Path) -> None:
         (lambda folder: (folder / "model_weights" / ".metadata").write_bytes(b"junk"), "not a readable pickle"),
         (cut, "__0_0.distcp: model."),
         (flip_bits, "weights are NaN or infinite"),
+        (flip_one_bit, "model.embedding.word_embeddings.weight is not what was written: its CRC-32 differs"),
     ],
 )
 def test_damage_is_named_and_the_rest_is_still_shown(

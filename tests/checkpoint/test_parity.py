@@ -1,10 +1,16 @@
-"""The same weights in NeMo and in Hugging Face give the same logits, at TP 1 and 2; and files NeMo writes export."""
+"""The same weights in NeMo and in Hugging Face give the same logits, at TP 1 and 2.
+
+And `.nemo` files pass between stock NeMo and this project in both directions, in every layout that either writes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +20,15 @@ from llamas import LLAMA3_ROPE, MakeLlama, convert_quietly, export_quietly
 from safetensors.torch import load_file, save_file
 
 from steerlm_nemo.checkpoint import mapping
-from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, write_nemo
+from steerlm_nemo.checkpoint.archive import check_nemo, extract_nemo, open_nemo, write_nemo
+from steerlm_nemo.checkpoint.inspect import inspect_nemo
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.training.launch import launch_ranks
 
 pytest.importorskip("nemo", reason="needs the training stack: nemo_toolkit, megatron-core, nemo-aligner")
 
 WORKER = Path(__file__).with_name("parity_worker.py")
+STOCK_WORKER = Path(__file__).with_name("stock_worker.py")
 TOLERANCE = 1e-4
 LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
 CASES: dict[str, dict[str, Any]] = {
@@ -78,6 +86,13 @@ def ran(
         }
         for name, path in nemo_files.items()
     ]
+    stock = {form: str(folder / f"stock {form}.nemo") for form in ("torch_dist", "zarr")}
+    text = {"token_ids": str(folder / "text.safetensors")}
+    loaded_by_stock = text | {"nemo": str(nemo_files["gqa"]), "logits": str(folder / "by stock.logits"), "save": stock}
+    (folder / "stock.json").write_text(json.dumps([loaded_by_stock]))
+    assert launch_ranks([str(STOCK_WORKER), str(folder / "stock.json")], request.param) == 0
+    for form, path in stock.items():
+        tasks.append(text | {"nemo": path, "logits": str(folder / f"stock {form}.logits"), "save": None})
     (folder / "tasks.json").write_text(json.dumps(tasks))
     assert launch_ranks([str(WORKER), str(folder / "tasks.json")], request.param) == 0
     return folder, sources
@@ -158,3 +173,79 @@ def test_nemo_stores_the_keys_shapes_and_splits_of_the_table(ran: tuple[Path, di
         if rule.tp_axis is not None and (tp_size > 1 or rule.pack is mapping.stack_rows):
             expected.append(rule.tp_axis + leading)  # gate and up are chunks of their own at any TP
         assert split_axes == expected, rule.mcore
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logits", ["by stock", "stock torch_dist", "stock zarr"])
+def test_stock_nemo_loads_ours_and_ours_loads_what_stock_nemo_saves(
+    ran: tuple[Path, dict[str, Path]], logits: str
+) -> None:
+    folder, sources = ran
+    found, expected = load_file(folder / f"{logits}.logits")["text"], hf_logits(sources["gqa"])
+    assert (found[:, : expected.shape[1]] - expected).abs().max().item() <= TOLERANCE
+
+
+def layouts(folder: Path, tokenizer_json: Path, into: Path) -> Iterator[tuple[str, Path]]:
+    """Every layout of a `.nemo` that stock NeMo, tar and this project produce."""
+    archives = {
+        "ours": folder / "gqa.nemo",
+        "ours, tied": folder / "tied.nemo",
+        "ours, tokenizer.json": tokenizer_json,
+        "stock, torch_dist": folder / "stock torch_dist.nemo",
+        "stock, zarr": folder / "stock zarr.nemo",
+    }
+    for number, (name, path) in enumerate(archives.items()):
+        unpacked = into / f"folder {number}"
+        with tarfile.open(path) as tar:
+            tar.extractall(unpacked, filter="data")
+        yield f"{name}, packed", path
+        yield f"{name}, folder", unpacked
+        zipped = into / f"{number}.nemo"
+        with tarfile.open(zipped, "w:gz", compresslevel=1) as tar:
+            tar.add(unpacked, arcname=".")
+        yield f"{name}, gzip", zipped
+        packed = into / f"gnu {number}.nemo"
+        subprocess.run(["tar", "cf", packed, "-C", unpacked, "."], check=True)
+        yield f"{name}, GNU tar", packed
+    hashed = [f"{digits * 16}_tokenizer.model" for digits in ("b2", "a1")]
+    for number in (3, 4):  # NeMo 1.21 stored the tokenizer twice; Transformer Engine adds its state to zarr
+        twice = shutil.copytree(into / f"folder {number}", into / f"twice {number}")
+        for name in hashed:
+            shutil.copy(twice / "tokenizer.model", twice / name)
+        (twice / "tokenizer.model").unlink()
+        config = twice / "model_config.yaml"
+        config.write_text(config.read_text().replace("nemo:tokenizer.model", f"nemo:{hashed[0]}"))
+        state = twice / "model_weights" / "model.decoder.layers.mlp.linear_fc1._extra_state"
+        state.mkdir(exist_ok=True)
+        torch.save(None, state / "shard_0_3.pt")
+        yield f"two tokenizers {number}, folder", twice
+        write_nemo(twice, into / f"twice {number}.nemo")
+        yield f"two tokenizers {number}, packed", into / f"twice {number}.nemo"
+    renamed = shutil.copytree(into / "twice 3", into / "renamed")  # as the reference's guide does after extraction
+    (renamed / hashed[0]).rename(renamed / "tokenizer.model")
+    (renamed / hashed[1]).unlink()
+    yield "renamed tokenizer, folder", renamed
+
+
+@pytest.mark.slow
+def test_no_genuine_layout_is_refused(ran: tuple[Path, dict[str, Path]], llama3_style: Path, tmp_path: Path) -> None:
+    folder, sources = ran
+    tokenizer_json = convert_quietly(llama3_style, tmp_path / "tokenizer json.nemo")
+    expected = {"ours, tied": sources["tied"], "ours, tokenizer.json": llama3_style}
+    opened = []
+    for name, path in layouts(folder, tokenizer_json, tmp_path):
+        config = check_nemo(path)
+        with open_nemo(path) as nemo:
+            assert nemo.resolve(config["tokenizer"]["model"]) is not None, name
+            assert (nemo.dir / "model_weights").is_dir(), name
+        facts = inspect_nemo(path, verify=True)
+        assert facts["damage"] == [], name
+        assert facts["weights"]["tensor_parallel_ranks"] == (1 if name.startswith("ours") else int(folder.name[2])), (
+            name
+        )
+        back = export_quietly(path, tmp_path / "back" / name)
+        source = expected.get(name.rpartition(", ")[0], sources["gqa"])
+        before, after = load_file(source / "model.safetensors"), load_file(back / "model.safetensors")
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), name
+        opened.append(name)
+    assert len(set(opened)) == 25
