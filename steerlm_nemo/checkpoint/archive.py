@@ -367,12 +367,12 @@ class NemoWriter:
         folder = self.path.parent  # `.` for a bare filename
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_stale(folder, self.path.name)
+            remove_stale(folder, self.path.name)
             self._partial = folder / f".{self.path.name}.{secrets.token_hex(8)}.partial"
             self._file = EagerFile(self._partial)
         except OSError as err:
             raise CheckpointError(f"{self.path}: cannot be written: {err.strerror}") from err
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # tells `_remove_stale` that somebody still writes it
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # tells `remove_stale` that somebody still writes it
         self._folders: set[str] = set()
         self._add_folder(".")
         return self
@@ -450,12 +450,16 @@ def write_nemo(staged_dir: str | Path, out_path: str | Path) -> None:
                 shutil.copyfileobj(source, stream, _COPY_BYTES)
 
 
-def _remove_stale(folder: Path, name: str) -> None:
-    """Remove what killed writers of `name` left behind. A writer that is still alive holds a lock."""
+def remove_stale(folder: Path, name: str) -> None:
+    """Remove what killed writers of `name` left behind: files, or folders. A writer that is alive holds a lock."""
     for left in folder.glob(f".{name}.*.partial"):
-        with contextlib.suppress(OSError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(handle)
 
 
 def _fsync_folder(folder: Path) -> None:

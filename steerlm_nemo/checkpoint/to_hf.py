@@ -6,6 +6,7 @@ tokenizer, and appears under its name only when it is complete.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerlm_nemo.checkpoint.archive import NemoFile, check_weights
+from steerlm_nemo.checkpoint.archive import NemoFile, check_weights, remove_stale
 from steerlm_nemo.checkpoint.from_hf import gigabytes
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY, hf_config, layout_of
 from steerlm_nemo.checkpoint.mapping import EMBEDDING, Layout, Rule, rules_for
@@ -147,8 +148,11 @@ def export(plan: Export, out: Path, report: Callable[[str], None], max_shard_byt
         if total > (free := shutil.disk_usage(out.absolute().parent).free):
             raise CheckpointError(f"{out}: needs {gigabytes(total)}, but the disk has {gigabytes(free)} left")
         report(f"writing {gigabytes(total)} of {plan.weights.dtype}, {plan.layout.num_layers} layers")
+        remove_stale(out.absolute().parent, out.name)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
+        lock = os.open(staging, os.O_RDONLY)
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # tells `remove_stale` that somebody still writes it
             _write_folder(plan, staging, total, max_shard_bytes, report)
             staging.chmod(0o777 & ~_umask())
             if out.exists():
@@ -157,6 +161,8 @@ def export(plan: Export, out: Path, report: Callable[[str], None], max_shard_byt
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+        finally:
+            os.close(lock)
     except OSError as err:
         raise CheckpointError(f"{out}: writing failed: {err.strerror or err}. Nothing was left there.") from err
     report(f"wrote {out}: {gigabytes(total)} in {time.monotonic() - started:.1f} s")

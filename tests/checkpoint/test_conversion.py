@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -373,3 +374,64 @@ def test_an_export_onto_a_full_disk_leaves_no_folder(llama_nemo: Path, tmp_path:
     )
     assert done.returncode == 2 and "writing failed" in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+KILLER = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from llamas import convert_quietly, export_quietly
+
+direction, source, out, kept = sys.argv[1], *map(Path, sys.argv[2:])
+
+def once():
+    if direction == "convert":
+        convert_quietly(source, out)
+    else:
+        if out.exists():
+            out.rename(kept / f"old-{time.time_ns()}")
+        export_quietly(source, out)
+
+chance = random.Random(0)
+for number in range(20):
+    child = os.fork()
+    if child == 0:
+        once()
+        if number == 0:
+            os._exit(0)  # so that there is an old file
+        while True:
+            once()
+    if number > 0:
+        time.sleep(chance.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if out.is_file():
+        shutil.copy(out, kept / str(number))
+    elif out.exists():
+        shutil.copytree(out, kept / str(number))
+"""
+
+
+@pytest.mark.parametrize("direction", ["convert", "export"])
+def test_a_kill_at_any_moment_leaves_a_whole_result_or_none(
+    llama: Path, llama_nemo: Path, tmp_path: Path, direction: str
+) -> None:
+    """The next run removes what a killed one left under a hidden name, and touches nothing else."""
+    source = {"convert": llama, "export": llama_nemo}[direction]
+    out, kept = tmp_path / "out" / "result", tmp_path / "kept"
+    out.parent.mkdir()
+    kept.mkdir()
+    bystander = out.parent / ".other.0.partial"
+    bystander.write_bytes(b"somebody else's")
+    subprocess.run(
+        [sys.executable, "-c", KILLER, direction, source, out, kept],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+        check=True,
+    )
+    results = list(kept.iterdir())
+    for number, result in enumerate(results):
+        require_same_tensors(result if result.is_dir() else export_quietly(result, tmp_path / f"back-{number}"), llama)
+    assert len(results) >= (20 if direction == "convert" else 1)
+    shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+    (out.parent / ".result.0123.partial").mkdir()  # at least one, whatever the kills hit
+    convert_quietly(llama, out) if direction == "convert" else export_quietly(llama_nemo, out)
+    assert sorted(out.parent.iterdir()) == sorted([bystander, out])
