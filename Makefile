@@ -8,9 +8,9 @@ READY  := $(VENV)/.ready
 # Where the steps leave their files, unless told otherwise.
 WORK       ?= results/flow
 IN         ?= llama
-OUT        ?= $(WORK)/base.nemo
 TREES      ?= trees.jsonl.gz
 BASE       ?= $(WORK)/base.nemo
+OUT        ?=
 TYPE       ?= TEXT_TO_VALUE
 FILE       ?= $(WORK)/t2v_train.jsonl
 TOKENIZER  ?= $(IN)/tokenizer.model
@@ -57,21 +57,21 @@ bench: $(READY)  ## measure against NeMo's own code and the machine's limits; ON
 lint: $(READY)  ## ruff and mypy
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
-convert: $(READY)  ## Hugging Face Llama folder IN -> .nemo OUT
-	$(PY) scripts/convert_hf_llama_to_nemo.py --in-file $(IN) --out-file $(OUT) $(ARGS)
+convert: $(READY)  ## Hugging Face Llama folder IN -> .nemo OUT (BASE)
+	$(PY) scripts/convert_hf_llama_to_nemo.py --in-file $(IN) --out-file $(or $(OUT),$(BASE)) $(ARGS)
 
-export: $(READY)  ## .nemo IN -> Hugging Face folder OUT
-	$(PY) scripts/convert_nemo_to_hf_llama.py --in-file $(IN) --out-file $(OUT) $(ARGS)
+export: $(READY)  ## .nemo IN -> Hugging Face folder OUT (WORK/hf)
+	$(PY) scripts/convert_nemo_to_hf_llama.py --in-file $(IN) --out-file $(or $(OUT),$(WORK)/hf) $(ARGS)
 
 inspect: $(READY)  ## what is in the .nemo FILE
 	$(PY) scripts/inspect_nemo.py $(FILE) $(ARGS)
 
 preprocess: $(READY)  ## OASST trees TREES -> TYPE records (TEXT_TO_VALUE or VALUE_TO_TEXT) under prefix OUT
-	$(PY) scripts/preprocessing.py --input_file=$(TREES) --output_file_prefix=$(OUT) --mask_role=User --type=$(TYPE) \
+	$(PY) scripts/preprocessing.py --input_file=$(TREES) --output_file_prefix=$(or $(OUT),$(WORK)/t2v) --mask_role=User --type=$(TYPE) \
 	  --split_ratio=0.95 --seed=10 $(ARGS)
 
 clean: $(READY)  ## drop records of FILE that no longer train anything at SEQ_LEN tokens; writes OUT
-	$(PY) scripts/data_clean.py --dataset_file $(FILE) --output_file $(OUT) --library sentencepiece \
+	$(PY) scripts/data_clean.py --dataset_file $(FILE) --output_file $(or $(OUT),$(basename $(FILE))_clean.jsonl) --library sentencepiece \
 	  --model_file $(TOKENIZER) --seq_len $(SEQ_LEN) $(ARGS)
 
 inspect-data: $(READY)  ## lengths, truncation, grades, languages, duplicates, leaks of FILE (several in quotes), also as PAGE
@@ -97,7 +97,7 @@ serve-steerlm: $(READY)  ## serve the STEERLM model on port 1427 with DEVICES ra
 
 annotate: $(READY)  ## grade the conversations of FILE with the server on port 1424; writes OUT
 	$(PY) scripts/attribute_annotate.py --batch_size=16 --host=localhost --port_num=1424 --input_file_name=$(FILE) \
-	  --output_file_name=$(OUT) $(ARGS)
+	  --output_file_name=$(or $(OUT),$(basename $(FILE))_annotated.jsonl) $(ARGS)
 
 steer: $(READY)  ## ask the server on port 1427 PROMPT at ATTRIBUTES
 	$(PY) scripts/steered_inference.py --port_num=1427 --prompt="$(PROMPT)" --attributes=$(ATTRIBUTES) $(ARGS)
