@@ -395,9 +395,13 @@ class _Annotator:
         home = zlib.crc32(threads[0].texts[1].encode())  # threads of one tree begin alike
         for step in range(max(len(thread.to_ask) for thread in threads)):
             rows = [(thread, thread.to_ask[step]) for thread in threads if step < len(thread.to_ask)]
-            prompts = [thread.prompt(index) for thread, index in rows]
-            given = [thread.given[index] for thread, index in rows]
-            for (thread, index), reading in zip(rows, self._reader.read(prompts, given, home), strict=True):
+            # Threads of a tree have turns in common: what is asked about them is asked once.
+            questions = [(thread.prompt(index), tuple(thread.given[index].items())) for thread, index in rows]
+            unique = list(dict.fromkeys(questions))
+            readings = self._reader.read([prompt for prompt, _ in unique], [dict(given) for _, given in unique], home)
+            found = dict(zip(unique, readings, strict=True))
+            for (thread, index), question in zip(rows, questions, strict=True):
+                reading = found[question]
                 beliefs = reading.beliefs
                 if self._settings.soft and beliefs is None:
                     raise InputError(

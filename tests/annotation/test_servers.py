@@ -88,6 +88,22 @@ def test_conversations_that_begin_alike_run_one_after_the_other(tmp_path):
     assert threads.read(tmp_path / "out.jsonl") == [threads.expected(record) for record in [*made, *reversed(made)]]
 
 
+def test_a_turn_that_threads_of_a_tree_have_in_common_is_asked_about_once(tmp_path):
+    made = threads.records(120)
+    for record in made[::9]:  # what people said differs, so these are other questions
+        record["conversations"][1]["label"] = "humor:2"
+    source = threads.write(tmp_path / "in.jsonl", made)
+    app = stub_server.build_stub()
+    with live.run_app(app) as port:
+        grade(source, tmp_path / "out.jsonl", [port], batch_size=120, settings=AnnotationSettings(only_missing=True))
+    asked = [(prompt, tuple(given.items())) for prompt, given in app.state.asked]
+    num_turns = sum(turn["from"] == "Assistant" for record in made for turn in record["conversations"])
+    assert len(asked) == len(set(asked)) < num_turns
+    with live.run_app(stub_server.build_stub()) as port:
+        grade(source, tmp_path / "alone.jsonl", [port], settings=AnnotationSettings(only_missing=True))
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+
+
 def test_a_server_that_is_away_leaves_its_work_to_the_others(tmp_path, fast_retries, capsys):
     made = threads.records(40)
     source = threads.write(tmp_path / "in.jsonl", made)
