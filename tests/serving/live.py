@@ -138,7 +138,7 @@ class FaultyProxy:
         if fault == "other json":
             return Response('{"sentences": []}', media_type="application/json")
         if fault == "timeout":
-            await asyncio.sleep(1.5)  # the tests' clients wait for one second
+            await asyncio.sleep(4.5)  # the tests' clients wait for three seconds
             return Response(answer.content, media_type="application/json")
 
         async def broken() -> AsyncIterator[bytes]:
