@@ -26,6 +26,7 @@ ATTRIBUTES ?= quality:4,helpfulness:4
 ARGS       ?=
 DATA       ?=
 ONLY       ?=
+TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench convert export inspect preprocess clean inspect-data show-mask \
@@ -36,12 +37,13 @@ help:  ## list the targets
 
 setup: $(READY)  ## build .venv with the pinned CPU stack (about 2 minutes)
 
-# torch first: any other order can pull a build with several GB of CUDA.
+# torch first: any other order can pull a build with several GB of CUDA. Where pip's own index has CUDA builds only:
+# make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 $(READY): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -c 'import torch; assert torch.__version__.startswith("2.13.0")' 2>/dev/null \
-	  || $(PY) -m pip install --quiet torch==2.13.0
+	  || $(PY) -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(PY) -m pip install --quiet -e '.[cpu,dev]'
 	touch $(READY)
 

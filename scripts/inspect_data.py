@@ -60,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     template = choose_template(args)
     tokenizer = None
     if args.model_file or args.model_name:
-        args.library = args.library or ("sentencepiece" if args.model_file else "huggingface")
         tokenizer = load_tokenizer(args, template)
     with tempfile.TemporaryDirectory() as scratch:
         inspections = [

@@ -176,6 +176,12 @@ def dump_record(record: Mapping[str, Any]) -> str:
     return line
 
 
+def require_other_file(output: str | Path, source: str | Path) -> None:
+    """Raise InputError if writing `output` would replace `source`, from which it is made."""
+    if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+        raise InputError(f"{output} is the input itself; choose another output file")
+
+
 @contextmanager
 def atomic_output(path: str | Path) -> Iterator[IO[str]]:
     """A text file that takes its final name when the block ends without an error, and vanishes otherwise.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_make_help_lists_every_target() -> None:
         assert re.search(rf"^  {target} ", result.stdout, re.MULTILINE), target
 
 
+def on_free_ports(text: str, ports: dict[str, int]) -> str:
+    for printed, free in ports.items():
+        text = text.replace(printed, str(free))
+    return text
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run(command: str, folder: Path, env: dict[str, str]) -> str:
     result = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
@@ -69,9 +82,11 @@ def test_the_flow_runs_as_printed(tmp_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
+    ports = {printed: free_port() for printed in ("1424", "1427")}  # somebody may be using those
     servers: list[subprocess.Popen[bytes]] = []
     try:
-        for command in commands("sh flow"):
+        for printed in commands("sh flow"):
+            command = on_free_ports(printed, ports)
             command += next((extra for script, extra in HURRY.items() if script in command), "")
             if not command.endswith("&"):
                 run(command, tmp_path, env)
@@ -83,14 +98,16 @@ def test_the_flow_runs_as_printed(tmp_path: Path) -> None:
                     ["bash", "-c", f"exec {command.removesuffix('&')}"], cwd=tmp_path, env=env, stdout=file, stderr=file
                 )
             servers.append(server)
-        generated, served, chat, graded = (json.loads(run(command, tmp_path, env)) for command in commands("sh server"))
+        generated, served, chat, graded = (
+            json.loads(run(on_free_ports(command, ports), tmp_path, env)) for command in commands("sh server")
+        )
         assert generated["sentences"][0].startswith("Hello")
         assert served["record_type"] == "VALUE_TO_TEXT"
         assert chat["choices"][0]["message"]["role"] == "assistant"
         assert graded["model"] and graded["model"] != served["identity"]
         grades = graded["conversations"][0]["messages"][1]["attributes"]
         assert len(grades) == 6 and all(0 <= grade <= 4 for grade in grades.values())
-        (tmp_path / "client.py").write_text(text_of("python"))
+        (tmp_path / "client.py").write_text(on_free_ports(text_of("python"), ports))
         assert run("python client.py", tmp_path, env).strip()
     finally:
         for server in servers:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from steerlm_nemo.conversation import RecordRef
 from steerlm_nemo.errors import InputError, RecordError
-from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, read_records
+from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, read_records, require_other_file
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(blacklist_categories=("Cs",))),
@@ -145,3 +145,13 @@ def test_rejects_of_an_earlier_run_are_not_kept(tmp_path):
     with Accounting.beside(tmp_path / "out.jsonl"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_never_written_over_what_it_is_made_from(tmp_path):
+    source = tmp_path / "records.jsonl"
+    source.write_text("{}\n")
+    (tmp_path / "alias.jsonl").symlink_to(source)
+    for output in (source, tmp_path / "alias.jsonl"):
+        with pytest.raises(InputError, match="is the input itself"):
+            require_other_file(output, source)
+    require_other_file(tmp_path / "new.jsonl", source)

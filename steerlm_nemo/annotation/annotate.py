@@ -30,7 +30,15 @@ from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes, AttributeSche
 from steerlm_nemo.conversation import RECORD_TYPES, TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, Turn
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError, ServerError
 from steerlm_nemo.evaluation.value_model import Comparison
-from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, read_lines, require_file
+from steerlm_nemo.records import (
+    Accounting,
+    RawLine,
+    atomic_output,
+    dump_record,
+    read_lines,
+    require_file,
+    require_other_file,
+)
 from steerlm_nemo.serving.client import RequestRefusedError, UnreachableError
 from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate, SteerLMFormat
 
@@ -140,6 +148,7 @@ def annotate(
     source, output = require_file(input_file), Path(output_file)
     if output.is_dir():
         raise InputError(f"{output} is a directory; give the name of a file to write")
+    require_other_file(output, source)
     for name, value in (("batch_size", batch_size), ("concurrency", servers.in_flight)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"--{name} must be a whole number of at least 1, found {value!r}")

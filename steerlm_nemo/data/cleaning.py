@@ -28,6 +28,7 @@ from steerlm_nemo.records import (
     parse_line,
     read_raw_lines,
     require_file,
+    require_other_file,
 )
 from steerlm_nemo.template import ChatTemplate, Rendered, SteerLMFormat, Tokenizer
 
@@ -217,6 +218,7 @@ def clean_file(
 
     if report is not None and Path(report).is_dir():
         raise InputError(f"--report {report} is a directory; name a file to write")
+    require_other_file(output_file, dataset_file)
     findings = Findings()
     with records, atomic_output(output_file) as output:
         outcomes = in_order(cleaner.outcome, read_raw_lines(dataset_file), num_workers)

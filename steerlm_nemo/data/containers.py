@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -213,7 +214,9 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[dict[str, Any]]:
         if is_local and (Path(name) / "dataset_info.json").is_file():
             rows: Iterable[Any] = datasets.load_from_disk(name)
         elif is_local and (Path(name) / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(name)[split or "train"]
+            rows = _split_of(name, split, datasets.load_from_disk(name))
+        elif is_local:
+            rows = _split_of(name, split, datasets.load_dataset(name, streaming=True))
         else:
             rows = datasets.load_dataset(name, split=split or "train", streaming=True)
         rows = iter(rows)
@@ -228,3 +231,12 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[dict[str, Any]]:
             "and give one of them (JSON lines, JSON or Parquet) or their directory as --input_file."
         ) from err
     return iter(()) if first is None else chain((first,), rows)
+
+
+def _split_of(name: str, split: str | None, splits: Mapping[str, Iterable[Any]]) -> Iterable[Any]:
+    """One split of a directory's; the others are named, since nobody may have known of them."""
+    chosen = split or "train"
+    if split is None and chosen in splits and len(splits) > 1:
+        others = ", ".join(f"{name}@{other}" for other in splits if other != chosen)
+        print(f"{name}: reading its split {chosen} only; there are also {others}", file=sys.stderr)
+    return splits[chosen]

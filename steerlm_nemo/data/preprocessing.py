@@ -42,7 +42,7 @@ from steerlm_nemo.data.oasst import Message, paths
 from steerlm_nemo.data.oasst_messages import MessageTrees
 from steerlm_nemo.data.samples import Sample
 from steerlm_nemo.errors import InputError, RecordError
-from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, require_file
+from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, require_file, require_other_file
 
 # Python's JSON reader counts two levels per turn, so its default of 1000 refuses a thread of 500 turns.
 DEEPEST_JSON = 10_000
@@ -211,8 +211,7 @@ def preprocess(
     outputs = {part: Path(f"{output_file_prefix}_{part}.jsonl") for part in ("train", "val")}
     require_source(input_file)
     for output in outputs.values():
-        if output.exists() and Path(input_file).exists() and output.samefile(input_file):
-            raise InputError(f"{output} is the input itself; choose another --output_file_prefix")
+        require_other_file(output, input_file)
     allow_deep_json()
 
     from tqdm import tqdm

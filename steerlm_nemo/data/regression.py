@@ -22,7 +22,7 @@ from steerlm_nemo.conversation import ASSISTANT, USER, RecordRef
 from steerlm_nemo.data.attribute_statistics import AttributeStatistics
 from steerlm_nemo.data.helpsteer import ALIGNER_SYSTEM_PROMPT
 from steerlm_nemo.errors import InputError, RecordError
-from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file
+from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
 
 # The order of the vector is the order that models published with it answer in.
 VECTOR = COMBINED9.names
@@ -64,8 +64,7 @@ def process_to_regression_format(
         RecordError: an unusable record in strict mode.
     """
     require_file(input_file)
-    if Path(output_file).exists() and Path(output_file).samefile(input_file):
-        raise InputError(f"{output_file} is the input itself; choose another --output-file")
+    require_other_file(output_file, input_file)
     others: Counter[str] = Counter()
     with records, atomic_output(output_file) as output:
         for line in read_lines(input_file):

@@ -19,7 +19,7 @@ from steerlm_nemo.attributes import LANG
 from steerlm_nemo.conversation import ASSISTANT, USER, VALUE_TO_TEXT, Conversation, Turn
 from steerlm_nemo.data.attribute_statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError, RecordError
-from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file
+from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
 
 
 def build_sft_data(
@@ -40,8 +40,8 @@ def build_sft_data(
     """
     require_file(input_file)
     for output in (output_file, messages_file):
-        if output and Path(output).exists() and Path(output).samefile(input_file):
-            raise InputError(f"{output} is the input itself; choose another output file")
+        if output:
+            require_other_file(output, input_file)
     with ExitStack() as stack:
         stack.enter_context(records)
         out = stack.enter_context(atomic_output(output_file))

@@ -60,6 +60,12 @@ def choose_template(args: argparse.Namespace) -> ChatTemplate:
 def load_tokenizer(args: argparse.Namespace, template: ChatTemplate) -> SentencePieceTokenizer | HuggingFaceTokenizer:
     from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
+    if args.library is None:  # a tool without the reference's default
+        args.library = "sentencepiece" if args.model_file else "huggingface"
+    if args.library == "huggingface" and args.model_name is None:
+        raise InputError(
+            "give a tokenizer: --model_file, a SentencePiece model, or --model_name, a Hugging Face folder"
+        )
     if args.library == "huggingface":
         # As in NeMo: a byte-level vocabulary has no such piece, so the markers become one token each.
         return HuggingFaceTokenizer(args.model_name, template.markers if template == EXTRA_ID_TEMPLATE else ())

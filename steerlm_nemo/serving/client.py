@@ -216,7 +216,8 @@ class ServerClient:
     def _content(self, response: httpx.Response) -> Any:
         path = response.request.url.path
         if response.status_code != httpx.codes.OK:
-            raise RequestRefusedError(f"{self.where}{path} answered {response.status_code}: {_message(response)}")
+            hint = " Set STEERLM_TOKEN." if response.status_code == httpx.codes.UNAUTHORIZED else ""
+            raise RequestRefusedError(f"{self.where}{path} answered {response.status_code}: {_message(response)}{hint}")
         try:
             return response.json()
         except ValueError as err:

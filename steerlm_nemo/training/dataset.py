@@ -21,7 +21,7 @@ from steerlm_nemo.parallel import in_order
 from steerlm_nemo.records import parse_line, read_raw_lines
 from steerlm_nemo.template import ChatTemplate, Tokenizer
 
-MOST_PROBLEMS_SHOWN = 100
+MOST_PROBLEMS_SHOWN = 20
 
 
 class Item(TypedDict):
