@@ -105,8 +105,8 @@ class AttributeSchema:
             if attribute.name == key:
                 return tuple(str(value) for value in attribute.values())
         near = difflib.get_close_matches(key[:100], self.keys(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"unknown attribute {key[:100]!r}{hint}. This model knows: {', '.join(self.keys())}")
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise InputError(f"unknown attribute {key[:100]!r}{hint} This model knows: {', '.join(self.keys())}")
 
     def check(self, attributes: Attributes) -> None:
         """Raise InputError if a key is unknown or a value is outside its range."""
