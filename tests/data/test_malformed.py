@@ -130,8 +130,8 @@ def test_trees_through_preprocessing_and_inspection(tmp_path):
     assert {int(where.rpartition(":")[2]) for where, _ in found.rejects} == expected
 
 
-def test_records_through_data_clean_training_and_inspection(tmp_path, small_tokenizer):
-    from steerlm_nemo.training.dataset import ChatDataset
+def test_records_through_data_clean_training_and_inspection(tmp_path, small_tokenizer, monkeypatch):
+    from steerlm_nemo.training import dataset
 
     classes = malformed_records()
     source = tmp_path / "records.jsonl"
@@ -151,11 +151,18 @@ def test_records_through_data_clean_training_and_inspection(tmp_path, small_toke
     assert rejected_lines(accounting) == unusable
 
     def load(path):
-        return ChatDataset(path, small_tokenizer, ChatTemplate(), 4096, 16, None, NEMO12_LANG)
+        return dataset.ChatDataset(path, small_tokenizer, ChatTemplate(), 4096, 16, None, NEMO12_LANG)
 
-    with pytest.raises(RecordError) as caught:
-        load(source)
-    first, *named = str(caught.value).split("\n  ")
+    def refusal():
+        with pytest.raises(RecordError) as caught:
+            load(source)
+        return str(caught.value).split("\n  ")
+
+    shown = dataset.MOST_PROBLEMS_SHOWN
+    monkeypatch.setattr(dataset, "MOST_PROBLEMS_SHOWN", num_lines)
+    first, *named = refusal()
+    monkeypatch.undo()
+    assert refusal() == [first, *named[:shown], f"and {len(named) - shown} more"]
     assert f"{len(untrainable)} of {num_lines} records cannot be used" in first
     assert {int(problem.removeprefix(f"{source}:").split(" ")[0].rstrip(":")) for problem in named} == untrainable
     with pytest.raises(RecordError, match=f"{NUM_OF_EACH} of {num_lines - len(unusable) - NUM_OF_EACH} records"):
