@@ -1,7 +1,8 @@
-"""Hugging Face Llama folder -> `.nemo`, one tensor at a time: no model is built and NeMo is not imported.
+"""Hugging Face Llama folder -> `.nemo`: no model is built, and neither NeMo nor torch is imported.
 
-Refusals come first. Then each Megatron tensor of a layer is put together from its Hugging Face parts and appended
-to the archive, so memory holds a few tensors whatever the number of layers.
+Refusals come first. A Megatron tensor is the rows of its Hugging Face parts in another order, so the rest is copying:
+pieces of 4 MiB are read, summed up and appended to the archive, whatever the size of the model. Only another precision
+needs torch.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -28,9 +29,7 @@ from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, find_tokeniz
 from steerlm_nemo.checkpoint.torch_dist import DATA_FILE, INDEX, TorchDistWriter, common_and_backend
 from steerlm_nemo.errors import CheckpointError, InputError
 
-if TYPE_CHECKING:
-    import torch
-
+PIECE_BYTES = 4 * 2**20  # good to read and write, and what the caches of a processor hold
 DTYPES = {"32": "float32", "16": "float16", "bf16": "bfloat16"}
 # Older transformers stored this constant with the weights; Megatron computes it.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -118,9 +117,16 @@ def _check_tensors(config: HFConfig, tensors: dict[str, TensorPlace], layout: La
 
 
 def _same_bytes(one: TensorPlace, other: TensorPlace) -> bool:
-    import torch
-
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.read(), other.read())
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    for start in range(0, one.num_bytes, PIECE_BYTES):
+        size = min(PIECE_BYTES, one.num_bytes - start)
+        ours, theirs = bytearray(size), bytearray(size)
+        one.read(start, memoryview(ours))
+        other.read(start, memoryview(theirs))
+        if ours != theirs:
+            return False
+    return True
 
 
 def convert(
@@ -141,8 +147,7 @@ def convert(
     layout, tensors = conversion.layout, conversion.tensors
     report(
         f"{conversion.config.raw['architectures'][0]}, {len(tensors)} tensors, {layout.num_layers} layers; writing "
-        f"{gigabytes(conversion.num_bytes)} of {conversion.dtype}, needing about "
-        f"{gigabytes(300e6 + 3 * max(place.num_bytes for place in tensors.values()))} of memory"
+        f"{gigabytes(conversion.num_bytes)} of {conversion.dtype}"
     )
     model_config = nemo_config(
         conversion.config, layout, conversion.divisor, conversion.precision, conversion.tokenizer, conversion.generation
@@ -170,56 +175,91 @@ def convert(
     report(f"wrote {out}: {gigabytes(out.stat().st_size)} in {seconds:.1f} s; vocabulary {vocabulary_text(layout)}")
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Bytes that follow one another in a Hugging Face tensor, or zeros, and in the result."""
+
+    name: str
+    place: TensorPlace
+    start: int | None  # in the tensor; None: zeros
+    num_bytes: int
+
+
 def _write_tensors(conversion: Conversion, writer: TorchDistWriter, report: Callable[[str], None]) -> None:
     """Append every Megatron tensor."""
     layout = conversion.layout
     stacked = [rule for rule in conversion.rules if rule.is_stacked]
     units: list[tuple[Rule, int | None]] = [(rule, None) for rule in conversion.rules if not rule.is_stacked]
     units += [(rule, layer) for layer in range(layout.num_layers) for rule in stacked]
+    # One being read, one being summed up, one being written.
+    buffers = cycle([memoryview(bytearray(PIECE_BYTES)) for _ in range(3)])
 
-    import numpy
-    import torch
+    def read(piece: list[_Source]) -> memoryview:
+        buffer, end = next(buffers), 0
+        for source in piece:
+            start, end = end, end + source.num_bytes
+            if source.start is None:
+                buffer[start:end] = bytes(source.num_bytes)
+            else:
+                source.place.read(source.start, buffer[start:end])
+        first = piece[0]
+        return buffer[:end] if first.place.dtype == conversion.dtype else _cast(first, buffer[:end], conversion.dtype)
 
-    # Two buffers in turn, one being read while the other is written: fresh memory for each tensor costs the system
-    # more time than the reading.
-    sizes = (sum(conversion.tensors[name].num_bytes for name in rule.hf_names(layer)) for rule, layer in units)
-    largest = max(sizes)
-    buffers = cycle([numpy.empty(largest, dtype=numpy.uint8) for _ in range(2)])
-
-    def read(unit: tuple[Rule, int | None]) -> torch.Tensor:
-        rule, layer = unit
-        buffer, start, parts = next(buffers), 0, []
-        for name in rule.hf_names(layer):
-            place = conversion.tensors[name]
-            parts.append(_cast(name, place, place.read(buffer[start : start + place.num_bytes]), conversion.dtype))
-            start += place.num_bytes
-        if rule.is_concatenation and all(conversion.tensors[n].dtype == conversion.dtype for n in rule.hf_names(layer)):
-            # A tensor of its own: torch.save stores all that lies behind a view.
-            whole = torch.from_numpy(buffer[:start])
-            return whole.view(parts[0].dtype).reshape(-1, *parts[0].shape[1:])
-        return rule.pack(tuple(parts), layout)
-
-    for (rule, layer), packed in read_ahead(read, units):
+    pieces = read_ahead(read, (piece for unit in units for piece in _pieces(conversion, *unit)))
+    for rule, layer in units:
         shape = layout.global_shape(rule)
-        if layer is None:
-            writer.add(rule.mcore, shape, tuple(0 for _ in shape), packed)
-            continue
-        writer.add(rule.mcore, shape, (layer, *(0 for _ in packed.shape)), packed.unsqueeze(0))
-        if rule is stacked[-1]:
+        offset, chunk_shape = tuple(0 for _ in shape), shape
+        if layer is not None:
+            offset, chunk_shape = (layer, *offset[1:]), (1, *shape[1:])
+        num_pieces = sum(1 for _ in _pieces(conversion, rule, layer))
+        data = (piece for _, piece in islice(pieces, num_pieces))
+        writer.add(rule.mcore, shape, offset, chunk_shape, conversion.dtype, data)
+        if rule is stacked[-1] and layer is not None:
             report(f"layer {layer + 1} of {layout.num_layers}")
 
 
-def _cast(name: str, place: TensorPlace, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+def _pieces(conversion: Conversion, rule: Rule, layer: int | None) -> Iterator[list[_Source]]:
+    """The bytes of a Megatron tensor in order, put together to pieces of a size that is good to read and write.
+
+    What has to be cast is a piece of its own.
+    """
+    piece: list[_Source] = []
+    size = 0
+    for source in _sources(conversion, rule, layer):
+        is_cast = source.place.dtype != conversion.dtype
+        if piece and (is_cast or size + source.num_bytes > PIECE_BYTES):
+            yield piece
+            piece, size = [], 0
+        piece.append(source)
+        size += source.num_bytes
+        if is_cast:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _sources(conversion: Conversion, rule: Rule, layer: int | None) -> Iterator[_Source]:
+    names = rule.hf_names(layer)
+    for run in rule.runs(conversion.layout):
+        name = names[run.part or 0]
+        place = conversion.tensors[name]
+        first, end = (row * place.row_bytes for row in (run.start, run.start + run.count))
+        for start in range(first, end, PIECE_BYTES):
+            yield _Source(name, place, None if run.part is None else start, min(PIECE_BYTES, end - start))
+
+
+def _cast(source: _Source, data: memoryview, dtype: str) -> memoryview:
     import torch
 
-    if place.dtype == dtype:
-        return tensor
+    tensor = torch.frombuffer(data, dtype=getattr(torch, source.place.dtype))
     result = tensor.to(getattr(torch, dtype))
     if dtype == "float16" and not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
         raise CheckpointError(
-            f"{place.path}: {name} has values beyond 65504, the largest of float16. Use --precision bf16 or 32."
+            f"{source.place.path}: {source.name} has values beyond 65504, the largest of float16. "
+            "Use --precision bf16 or 32."
         )
-    return result
+    return memoryview(result.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write_extra_state(writer: TorchDistWriter, num_layers: int) -> None:

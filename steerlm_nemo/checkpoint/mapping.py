@@ -7,14 +7,12 @@ Rotary embeddings need no permutation: both sides rotate halves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-    Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -50,60 +48,41 @@ class Layout:
         return (self.num_layers, *shape) if rule.is_stacked else shape
 
 
-def interleave_qkv(parts: Tensors, layout: Layout) -> torch.Tensor:
+@dataclass(frozen=True)
+class Run:
+    """Rows that follow one another on both sides. `part` counts the Hugging Face tensors of a rule; None: zeros."""
+
+    part: int | None
+    start: int  # first row of that Hugging Face tensor
+    count: int
+
+
+Rows = tuple[int, ...]  # of each Hugging Face tensor of a rule
+
+
+def in_order(rows: Rows, layout: Layout) -> Iterator[Run]:
+    """One tensor after the other. Of gate and up a tensor-parallel rank holds a shard of each, not a shard of both."""
+    for part, count in enumerate(rows):
+        yield Run(part, 0, count)
+
+
+def by_query_group(rows: Rows, layout: Layout) -> Iterator[Run]:
     """Per query group its A/G query heads, then its key head, then its value head."""
-    import torch
-
-    groups, dim = layout.num_query_groups, layout.head_dim
-    by_group = [part.reshape(groups, -1, dim, layout.hidden_size) for part in parts]
-    return torch.cat(by_group, dim=1).reshape(-1, layout.hidden_size)
+    for group in range(layout.num_query_groups):
+        for part, count in enumerate(count // layout.num_query_groups for count in rows):
+            yield Run(part, group * count, count)
 
 
-def split_qkv(qkv: torch.Tensor, layout: Layout) -> Tensors:
-    """Inverse of `interleave_qkv`."""
-    per_group = layout.num_attention_heads // layout.num_query_groups
-    by_group = qkv.reshape(layout.num_query_groups, per_group + 2, layout.head_dim, layout.hidden_size)
-    parts = by_group[:, :per_group], by_group[:, per_group : per_group + 1], by_group[:, per_group + 1 :]
-    return tuple(part.reshape(-1, layout.hidden_size) for part in parts)
-
-
-def stack_rows(parts: Tensors, layout: Layout) -> torch.Tensor:
-    """Gate rows, then up rows. A tensor-parallel rank holds a shard of each, not a run of rows of the whole."""
-    import torch
-
-    return torch.cat(parts)
-
-
-def halve_rows(stacked: torch.Tensor, layout: Layout) -> Tensors:
-    """Inverse of `stack_rows`."""
-    return stacked[: layout.ffn_hidden_size], stacked[layout.ffn_hidden_size :]
-
-
-def same(parts: Tensors, layout: Layout) -> torch.Tensor:
-    return parts[0]
-
-
-def alone(tensor: torch.Tensor, layout: Layout) -> Tensors:
-    """Inverse of `same`."""
-    return (tensor,)
-
-
-def pad_vocabulary(parts: Tensors, layout: Layout) -> torch.Tensor:
-    """Zero rows up to the padded size. No token id reaches them."""
-    import torch
-
-    missing = layout.padded_vocab_size - parts[0].shape[0]
-    return torch.nn.functional.pad(parts[0], (0, 0, 0, missing)) if missing else parts[0]
-
-
-def trim_vocabulary(padded: torch.Tensor, layout: Layout) -> Tensors:
-    """Inverse of `pad_vocabulary`."""
-    return (padded[: layout.vocab_size],)
+def padded(rows: Rows, layout: Layout) -> Iterator[Run]:
+    """Zero rows up to the padded vocabulary. No token id reaches them."""
+    yield Run(0, 0, rows[0])
+    if missing := layout.padded_vocab_size - rows[0]:
+        yield Run(None, 0, missing)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron tensor and the Hugging Face tensors that it holds.
+    """One Megatron tensor and the Hugging Face tensors that it holds: the same rows in the order of `runs`.
 
     `tp_axis` is the axis that tensor parallelism splits, of one layer's tensor; None: every rank has all of it.
     """
@@ -112,8 +91,7 @@ class Rule:
     hf_axes: tuple[str, ...]  # one string per name, see `Layout.hf_shape`
     mcore: str
     tp_axis: int | None
-    pack: Callable[[Any, Layout], Any] = same
-    unpack: Callable[[Any, Layout], Any] = alone
+    order: Callable[[Rows, Layout], Iterator[Run]] = in_order
 
     @property
     def is_stacked(self) -> bool:
@@ -121,34 +99,42 @@ class Rule:
 
     @property
     def is_vocabulary(self) -> bool:
-        return self.pack is pad_vocabulary
-
-    @property
-    def is_concatenation(self) -> bool:
-        """Whether the Megatron tensor is the Hugging Face ones one after the other in memory."""
-        return self.pack in (same, stack_rows)
+        return self.order is padded
 
     def hf_names(self, layer: int | None) -> tuple[str, ...]:
         return tuple(name.format(i=layer) for name in self.hf)
+
+    def runs(self, layout: Layout) -> list[Run]:
+        """All rows of the Megatron tensor (of one layer, where they are stacked), from its first to its last."""
+        return list(self.order(tuple(layout.hf_shape(axes)[0] for axes in self.hf_axes), layout))
+
+    def unpack(self, packed: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+        """The Hugging Face tensors of a Megatron tensor, as views where their rows lie together."""
+        import torch
+
+        pieces: list[list[torch.Tensor]] = [[] for _ in self.hf]
+        for run, rows in zip(runs := self.runs(layout), packed.split([run.count for run in runs]), strict=True):
+            if run.part is not None:
+                pieces[run.part].append(rows)
+        return [torch.cat(piece) if len(piece) > 1 else piece[0] for piece in pieces]
 
 
 _HF, _MC = "model.layers.{i}", "model.decoder.layers"
 _ATTENTION, _MLP = f"{_HF}.self_attn", f"{_HF}.mlp"
 _QKV = tuple(f"{_ATTENTION}.{part}_proj.weight" for part in "qkv")
 _FC1 = (f"{_MLP}.gate_proj.weight", f"{_MLP}.up_proj.weight")
-_VOCABULARY = (pad_vocabulary, trim_vocabulary)
 
-EMBEDDING = Rule(("model.embed_tokens.weight",), ("VH",), "model.embedding.word_embeddings.weight", 0, *_VOCABULARY)
-OUTPUT = Rule(("lm_head.weight",), ("VH",), "model.output_layer.weight", 0, *_VOCABULARY)
+EMBEDDING = Rule(("model.embed_tokens.weight",), ("VH",), "model.embedding.word_embeddings.weight", 0, padded)
+OUTPUT = Rule(("lm_head.weight",), ("VH",), "model.output_layer.weight", 0, padded)
 # fmt: off
 RULES = (
     # Hugging Face names and their axes, Megatron key, tp axis
     EMBEDDING,
     Rule((f"{_HF}.input_layernorm.weight",), ("H",), f"{_MC}.self_attention.linear_qkv.layer_norm_weight", None),
-    Rule(_QKV, ("QH", "KH", "KH"), f"{_MC}.self_attention.linear_qkv.weight", 0, interleave_qkv, split_qkv),
+    Rule(_QKV, ("QH", "KH", "KH"), f"{_MC}.self_attention.linear_qkv.weight", 0, by_query_group),
     Rule((f"{_ATTENTION}.o_proj.weight",), ("HQ",), f"{_MC}.self_attention.linear_proj.weight", 1),
     Rule((f"{_HF}.post_attention_layernorm.weight",), ("H",), f"{_MC}.mlp.linear_fc1.layer_norm_weight", None),
-    Rule(_FC1, ("FH", "FH"), f"{_MC}.mlp.linear_fc1.weight", 0, stack_rows, halve_rows),
+    Rule(_FC1, ("FH", "FH"), f"{_MC}.mlp.linear_fc1.weight", 0),
     Rule((f"{_MLP}.down_proj.weight",), ("HF",), f"{_MC}.mlp.linear_fc2.weight", 1),
     Rule(("model.norm.weight",), ("H",), "model.decoder.final_layernorm.weight", None),
     OUTPUT,

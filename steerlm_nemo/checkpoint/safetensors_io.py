@@ -1,7 +1,7 @@
-"""safetensors files read and written one tensor at a time.
+"""safetensors files read and written a piece at a time.
 
 The official reader maps the whole file into memory, which counts against the limit that conversion keeps; this one
-reads a tensor into a buffer of its own. Format: 8 bytes of length, that many of JSON header, then raw tensor data.
+reads any part of a tensor into a buffer. Format: 8 bytes of length, that many of JSON header, then raw tensor data.
 """
 
 from __future__ import annotations
@@ -10,13 +10,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steerlm_nemo.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy
-    import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -33,28 +29,27 @@ class TensorPlace:
     dtype: str  # as torch spells it
     shape: tuple[int, ...]
 
-    def read(self, into: numpy.ndarray | None = None) -> torch.Tensor:
-        """The tensor, in memory of its own, or in that of `into`: uint8, `num_bytes` long.
+    @property
+    def row_bytes(self) -> int:
+        return self.num_bytes // self.shape[0]
+
+    def read(self, start: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `start` on.
 
         Raises:
             InputError: the file is shorter than when its header was read, or cannot be read.
         """
-        import numpy
-        import torch
-
-        buffer = numpy.empty(self.num_bytes, dtype=numpy.uint8) if into is None else into
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.start)
-                view, done = memoryview(buffer), 0  # type: ignore[arg-type]
-                while done < self.num_bytes:  # one call of the system reads at most 2 GiB
-                    count = file.readinto(view[done:])
+                file.seek(self.start + start)
+                done = 0
+                while done < len(into):  # one call of the system reads at most 2 GiB
+                    count = file.readinto(into[done:])
                     if not count:
                         raise InputError(f"{self.path}: ends too early")
                     done += count
         except OSError as err:
             raise InputError(f"{self.path}: cannot be read: {err.strerror}") from err
-        return torch.from_numpy(buffer).view(getattr(torch, self.dtype)).reshape(self.shape)
 
 
 def places_in(path: Path) -> dict[str, TensorPlace]:

@@ -1,4 +1,4 @@
-"""Disk and processor kept busy at once: the next tensor is read while this one is written and sent to the disk."""
+"""Disk and processor kept busy at once: the next piece is read and the last one written while this one is used."""
 
 from __future__ import annotations
 
@@ -31,30 +31,59 @@ def read_ahead(read: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterato
 
 
 class EagerFile(io.BufferedWriter):
-    """A new file that goes to the disk while it is written, so that little is left to wait for in `sync`."""
+    """A new file, written in a thread while the caller prepares what comes next, and sent to the disk meanwhile.
+
+    What a thread has failed to write is raised by the next call, as an OSError.
+    """
 
     EVERY_BYTES = 32 * 2**20
+    LARGE_BYTES = 2**18
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "xb"))
         self._unsent = 0
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._under_way: Future[int] | None = None
 
     def write(self, data: Any) -> int:
+        """Append bytes. Large ones are not copied: they must stay as they are until the next call returns."""
+        self._wait()
+        if len(data) < self.LARGE_BYTES:
+            return self._write(data)
+        self._under_way = self._thread.submit(self._write, data)
+        return len(data)
+
+    def tell(self) -> int:
+        self._wait()
+        return super().tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._wait()
+        return super().seek(offset, whence)
+
+    def sync(self) -> None:
+        """Return when everything is on disk. Raises OSError for any failure since the file was opened."""
+        self._wait()
+        self.flush()
+        os.fsync(self.fileno())
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        with contextlib.suppress(OSError):  # flushing to a full disk fails once more here; `sync` has told
+            super().close()
+
+    def _wait(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _write(self, data: Any) -> int:
         count = super().write(data)
         self._unsent += count
         if self._unsent >= self.EVERY_BYTES:
             self._unsent = 0
             _start_writeback(self.fileno())
         return count
-
-    def sync(self) -> None:
-        """Return when everything is on disk. Raises OSError for any failure since the file was opened."""
-        self.flush()
-        os.fsync(self.fileno())
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # flushing to a full disk fails once more here; `sync` has told
-            super().close()
 
 
 def _start_writeback(descriptor: int) -> None:

@@ -207,7 +207,7 @@ def _write_shard(plan: Export, path: Path, shard: list[tuple[Rule, int | None]])
         for (rule, _), packed in read_ahead(read, shard):
             for tensor in rule.unpack(packed, plan.layout):
                 # numpy has no bfloat16; bytes are bytes
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         file.sync()
     return list(entries)
 

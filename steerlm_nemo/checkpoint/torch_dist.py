@@ -16,12 +16,14 @@ import json
 import math
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE
 from steerlm_nemo.checkpoint.safety import Inert, Slice, load_inert, load_torch_file
 from steerlm_nemo.errors import CheckpointError
 
@@ -231,33 +233,39 @@ class TorchDistWriter:
         self._chunks: dict[str, list[_Stored]] = {}
         self._places: dict[_Stored, _Stored] = {}
 
-    def add(self, key: str, global_shape: tuple[int, ...], offset: Offset, chunk: torch.Tensor) -> None:
-        """Write one chunk of the global tensor `key`. The chunk has as many axes as `global_shape`."""
+    def add(
+        self,
+        key: str,
+        global_shape: tuple[int, ...],
+        offset: Offset,
+        shape: tuple[int, ...],
+        dtype: str,
+        data: Iterable[memoryview],
+    ) -> None:
+        """Write one chunk of the global tensor `key`: `shape` values of `dtype` (as torch spells it), rows first.
+
+        `data` is its bytes in pieces; a piece is given to `stream.write` before the next is asked for.
+        """
         if key not in self._tensors:
             self._chunks[key] = []
-            properties = _Stored(f"{_METADATA} TensorProperties", state=_properties(chunk.dtype))
+            properties = _Stored(f"{_METADATA} TensorProperties", state=_properties(dtype))
             self._tensors[key] = _Stored(
                 f"{_METADATA} TensorStorageMetadata",
                 state={"properties": properties, "size": _size(global_shape), "chunks": self._chunks[key]},
             )
-        place = {"offsets": _size(offset), "sizes": _size(chunk.shape)}
+        place = {"offsets": _size(offset), "sizes": _size(shape)}
         self._chunks[key].append(_Stored(f"{_METADATA} ChunkStorageMetadata", state=place))
-        self._save({"fqn": key, "index": None, "offset": _size(offset)}, chunk)
+        index = {"fqn": key, "index": None, "offset": _size(offset)}
+        self._save(index, _tensor(shape, dtype), math.prod(shape) * ITEM_SIZE[dtype], data)
 
     def add_object(self, key: str, value: object) -> None:
         """Write an object as Megatron writes a `ShardedObject`; `key` ends in `/shard_<index>_<count>`."""
         self._tensors[key] = _Stored(f"{_METADATA} BytesStorageMetadata")
         self._save({"fqn": key, "index": None}, [value])
 
-    def _save(self, index: dict[str, Any], value: object) -> None:
-        import torch
-
+    def _save(self, index: dict[str, Any], value: object, num_bytes: int = 0, data: Iterable[memoryview] = ()) -> None:
         start = self._stream.num_bytes
-        try:
-            torch.save(value, self._stream)  # type: ignore[arg-type]
-        except RuntimeError as err:
-            # torch reports a full disk as a failure of its own, without the reason
-            raise self._stream.error or err from err
+        _write_torch_file(self._stream, value, num_bytes, data)
         place = {"relative_path": DATA_FILE, "offset": start, "length": self._stream.num_bytes - start}
         self._places[_Stored(f"{_METADATA} MetadataIndex", state=index)] = _Stored(
             "torch.distributed.checkpoint.filesystem _StorageInfo", state=place
@@ -273,10 +281,38 @@ class TorchDistWriter:
             # Megatron looks here for the original shape of flattened optimizer tensors; weights have no entry.
             "mcore_data": {key: {} for key in self._chunks},
         }
-        return b"\x80\x02" + b"".join(_pickled(_Stored(f"{_METADATA} Metadata", state=state))) + pickle.STOP
+        return _pickle_of(_Stored(f"{_METADATA} Metadata", state=state))
 
 
-# `.metadata` is written without the classes it names: importing torch.distributed.checkpoint takes as long as torch.
+def _write_torch_file(stream: IO[bytes] | _Counting, value: object, num_bytes: int, data: Iterable[memoryview]) -> None:
+    """What `torch.save` writes: a zip of a pickle, the bytes of the storage that it names, and a version.
+
+    torch wants a whole tensor in memory, sums it up, and only then writes. Here pieces are summed up while others are
+    read and written.
+    """
+    with zipfile.ZipFile(stream, "w") as archive:  # type: ignore[call-overload]
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle_of(value))
+        if num_bytes:
+            record = zipfile.ZipInfo("archive/data/0")
+            record.file_size = num_bytes  # beyond 4 GiB it needs another header
+            with archive.open(record, "w") as file:
+                for piece in data:
+                    file.write(piece)
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+
+
+def _tensor(shape: tuple[int, ...], dtype: str) -> _Stored:
+    """As torch pickles a contiguous tensor, its storage being record 0 of the zip."""
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    storage = _Persistent(("storage", _Global(f"torch {_STORAGES[dtype]}"), "0", "cpu", math.prod(shape)))
+    hooks = _Stored("collections OrderedDict", args=())
+    return _Stored("torch._utils _rebuild_tensor_v2", args=(storage, 0, shape, strides, False, hooks))
+
+
+_STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
+
+# Pickles are written without the classes they name: torch takes a second to import, its checkpoint package another.
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 
@@ -295,15 +331,26 @@ class _Global:
     name: str
 
 
+@dataclass(frozen=True)
+class _Persistent:
+    """Something outside the pickle, which the reader finds by `id`."""
+
+    id: tuple[Any, ...]
+
+
 def _size(shape: Iterable[int]) -> _Stored:
     return _Stored("torch Size", args=(tuple(shape),))
 
 
-def _properties(dtype: torch.dtype) -> tuple[Any, ...]:
+def _properties(dtype: str) -> tuple[Any, ...]:
     """The state of torch's TensorProperties: dtype, layout, requires_grad, memory format, pin_memory."""
     layout = _Stored("torch.serialization _get_layout", args=("torch.strided",))
     contiguous = _Stored(f"{_METADATA} _MEM_FORMAT_ENCODING", args=(0,))
-    return (_Global(str(dtype).replace(".", " ")), layout, False, contiguous, False)
+    return (_Global(f"torch {dtype}"), layout, False, contiguous, False)
+
+
+def _pickle_of(value: Any) -> bytes:
+    return b"\x80\x02" + b"".join(_pickled(value)) + pickle.STOP
 
 
 def _pickled(value: Any) -> Iterator[bytes]:
@@ -317,6 +364,9 @@ def _pickled(value: Any) -> Iterator[bytes]:
         if value.state is not None:
             yield from _pickled(value.state)
             yield pickle.BUILD
+    elif isinstance(value, _Persistent):
+        yield from _pickled(value.id)
+        yield pickle.BINPERSID
     elif isinstance(value, (tuple, list)):
         yield pickle.MARK
         for item in value:
@@ -338,14 +388,9 @@ class _Counting:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self.num_bytes = 0
-        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        try:
-            self._stream.write(data)
-        except OSError as err:
-            self.error = err
-            raise
+        self._stream.write(data)
         self.num_bytes += len(data)
         return len(data)
 
@@ -355,8 +400,6 @@ class _Counting:
 
 def common_and_backend() -> tuple[bytes, bytes]:
     """The content of `common.pt` (nothing is unsharded) and of `metadata.json`."""
-    import torch
-
     common = io.BytesIO()
-    torch.save({}, common)
+    _write_torch_file(common, {}, 0, ())
     return common.getvalue(), json.dumps(BACKEND).encode()

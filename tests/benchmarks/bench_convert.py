@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONVERT, EXPORT = (ROOT / "scripts" / name for name in ("convert_hf_llama_to_nemo.py", "convert_nemo_to_hf_llama.py"))
 STOCK = Path(__file__).with_name("stock_conversion.py")
 LAYERS = (5, 10)
-REPEATS = 5
+REPEATS = 9
 BLOCK = 8 * 2**20
 
 

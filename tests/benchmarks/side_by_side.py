@@ -54,11 +54,16 @@ class Contestant:
 
 
 def in_turns(contestants: Mapping[str, Callable[[], Run]], repeats: int) -> dict[str, Contestant]:
-    """Each contestant `repeats` times, one after the other, so that a slow minute of the machine hits all alike."""
+    """Each contestant `repeats` times, one after the other, so that a slow minute of the machine hits all alike.
+
+    Every turn begins one further down the list: who comes after the heaviest writer pays for it on some disks.
+    """
     results = {name: Contestant(name) for name in contestants}
+    names = list(contestants)
     for repeat in range(repeats):
-        for name, call in contestants.items():
-            run = call()
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            run = contestants[name]()
             results[name].runs.append(run)
             print(f"  {name} [{repeat + 1}/{repeats}]: {run.seconds:.3f} s", file=sys.stderr, flush=True)
     return results

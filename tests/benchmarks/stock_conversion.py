@@ -40,7 +40,9 @@ def main() -> None:
     for rule in plan.rules:
         for layer in range(layout.num_layers) if rule.is_stacked else (None,):
             key = rule.mcore if layer is None else rule.mcore.replace(".layers.", f".layers.{layer}.")
-            packed = rule.pack(tuple(hf[name] for name in rule.hf_names(layer)), layout)
+            parts = [hf[name] for name in rule.hf_names(layer)]
+            rows = [parts[run.part][run.start : run.start + run.count] for run in rule.runs(layout)]
+            packed = torch.cat(rows)  # the bench's vocabulary needs no padding
             # The norms have modules of their own where Transformer Engine does not fuse them into the next layer.
             key = key.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
             key = key.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")

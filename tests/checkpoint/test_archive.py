@@ -119,7 +119,7 @@ def add_metadata_outside(tar: tarfile.TarFile, here: Path) -> None:
     from steerlm_nemo.checkpoint import torch_dist
 
     writer = torch_dist.TorchDistWriter(io.BytesIO())
-    writer.add("model.w", (2,), (0,), torch.zeros(2))
+    writer.add("model.w", (2,), (0,), (2,), "float32", [memoryview(bytes(8))])
     index = writer.index().replace(b"__0_0.distcp", b"../x0.distcp")
     add(tar, "./model_weights/.metadata", index)
 

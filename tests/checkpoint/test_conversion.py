@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from llamas import LLAMA3_ROPE, ROOT, MakeLlama, convert_quietly, export_quietly
 from safetensors.torch import load_file, save_file
 
+from steerlm_nemo.checkpoint import from_hf
 from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import plan_conversion
 from steerlm_nemo.checkpoint.llama_config import vocabulary_padding
+from steerlm_nemo.checkpoint.streaming import EagerFile
 from steerlm_nemo.checkpoint.tokenizer_files import localise_tokenizer
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import CheckpointError, InputError
@@ -43,6 +46,35 @@ def test_a_round_trip_restores_every_bit(make_llama: MakeLlama, tmp_path: Path, 
     back = export_quietly(nemo, tmp_path / "back")
     require_same_tensors(back, source)
     assert (back / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+
+
+def test_pieces_smaller_than_a_tensor_and_records_beyond_4_gib_change_nothing(
+    make_llama: MakeLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_llama(dtype="bfloat16")
+    wide = convert_quietly(source, tmp_path / "wide.nemo", "32")  # one piece per tensor, cast
+    with monkeypatch.context() as patch:
+        patch.setattr(from_hf, "PIECE_BYTES", 1000)
+        patch.setattr(EagerFile, "LARGE_BYTES", 100)
+        patch.setattr(zipfile, "ZIP64_LIMIT", 5000)
+        nemo = convert_quietly(source, tmp_path / "model.nemo")
+        cast = convert_quietly(source, tmp_path / "cast.nemo", "32")
+    require_same_tensors(export_quietly(nemo, tmp_path / "back"), source)
+    require_same_tensors(export_quietly(cast, tmp_path / "cast"), export_quietly(wide, tmp_path / "wide"))
+
+
+def test_a_conversion_imports_neither_torch_nor_nemo(llama: Path, tmp_path: Path) -> None:
+    program = "import sys, convert_hf_llama_to_nemo as c; c.main(sys.argv[1:]); print(sorted(sys.modules))"
+    arguments = ["--in-file", llama, "--out-file", tmp_path / "model.nemo", "--no_check"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "'zipfile'" in done.stdout
+    assert not [name for name in ("torch", "numpy", "nemo", "megatron") if f"'{name}'" in done.stdout]
 
 
 def test_a_genuine_checkpoint_survives_the_round_trip(stories: Path, tmp_path: Path) -> None:

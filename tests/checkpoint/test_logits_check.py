@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from llamas import ROOT, MakeLlama, convert_quietly, export_quietly
 
 from steerlm_nemo.checkpoint import logits, mapping
@@ -61,9 +60,7 @@ def test_a_wrong_conversion_is_refused_and_the_old_file_stays(
     out = tmp_path / "model.nemo"
     out.write_bytes(b"the old file")
     in_a_row = [
-        dataclasses.replace(rule, pack=lambda parts, layout: torch.cat(parts))
-        if rule.pack is mapping.interleave_qkv
-        else rule
+        dataclasses.replace(rule, order=mapping.in_order) if rule.order is mapping.by_query_group else rule
         for rule in mapping.RULES
     ]
     monkeypatch.setattr(mapping, "RULES", tuple(in_a_row))

@@ -43,11 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
 TOKEN_IDS = torch.randint(0, 300, (160,), generator=torch.Generator().manual_seed(0))
 
 
-def heads_in_a_row(parts: tuple[torch.Tensor, ...], layout: mapping.Layout) -> torch.Tensor:
-    """The wrong order that converters are prone to: all queries, then all keys, then all values."""
-    return torch.cat(parts)
-
-
 def hf_logits(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
@@ -72,7 +67,8 @@ def ran(
     nemo_files["stories"] = convert_quietly(stories, folder / "stories.nemo")
     with pytest.MonkeyPatch.context() as patch:
         wrong = tuple(
-            dataclasses.replace(rule, pack=heads_in_a_row) if rule.pack is mapping.interleave_qkv else rule
+            # what converters are prone to: all queries, then all keys, then all values
+            dataclasses.replace(rule, order=mapping.in_order) if rule.order is mapping.by_query_group else rule
             for rule in mapping.RULES
         )
         patch.setattr(mapping, "RULES", wrong)
@@ -170,7 +166,7 @@ def test_nemo_stores_the_keys_shapes_and_splits_of_the_table(ran: tuple[Path, di
         split_axes = [axis for axis, size in enumerate(chunk) if size < shape[axis]]
         leading = 1 if rule.is_stacked else 0
         expected = [0] * leading  # one chunk per layer
-        if rule.tp_axis is not None and (tp_size > 1 or rule.pack is mapping.stack_rows):
+        if rule.tp_axis is not None and (tp_size > 1 or rule.hf_axes == ("FH", "FH")):
             expected.append(rule.tp_axis + leading)  # gate and up are chunks of their own at any TP
         assert split_axes == expected, rule.mcore
 
