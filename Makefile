@@ -103,5 +103,7 @@ annotate: $(READY)  ## grade the conversations of FILE with the server on port 1
 	$(PY) scripts/attribute_annotate.py --batch_size=16 --host=localhost --port_num=1424 --input_file_name=$(FILE) \
 	  --output_file_name=$(or $(OUT),$(basename $(FILE))_annotated.jsonl) $(ARGS)
 
+# Through the environment: a question may have quotes in it.
+steer: export QUESTION = $(PROMPT)
 steer: $(READY)  ## ask the server on port 1427 PROMPT at ATTRIBUTES
-	$(PY) scripts/steered_inference.py --port_num=1427 --prompt="$(PROMPT)" --attributes=$(ATTRIBUTES) $(ARGS)
+	$(PY) scripts/steered_inference.py --port_num=1427 --prompt="$$QUESTION" --attributes=$(ATTRIBUTES) $(ARGS)

@@ -11,22 +11,16 @@ import argparse
 import sys
 
 from steerlm_nemo.errors import exit_with_message
+from steerlm_nemo.flags import Flags
 
 COMPAT = "nemo1.23"
 TURNS = "which turns to grade (assistant: a value model never learns grades of user turns; all with --compat)"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Grade the turns of a chat file with a served value model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def flag(name: str, **settings: object) -> None:
-        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        parser.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
-
+    description = "Grade the turns of a chat file with a served value model."
+    parser = Flags(description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.flag
     flag("input_file_name", default="input.jsonl", help="chat records, .jsonl or .jsonl.gz")
     flag("output_file_name", default="output.jsonl", help="appears when every record is annotated")
     flag("host", default="localhost", help="where the value model is served")

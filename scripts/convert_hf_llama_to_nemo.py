@@ -14,34 +14,33 @@ import sys
 from pathlib import Path
 
 from steerlm_nemo.errors import exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        *("--in-file", "--in_file", "--input_name_or_path", "--input-name-or-path"),
+    parser = Flags(__doc__)
+    parser.flag(
+        *("in_file", "input_name_or_path"),
         dest="hf_dir",
         type=Path,
         required=True,
         metavar="FOLDER",
         help="Hugging Face checkpoint: config.json, *.safetensors, tokenizer.model or tokenizer.json",
     )  # fmt: skip
-    parser.add_argument(
-        *("--out-file", "--out_file", "--output_path", "--output-path"),
+    parser.flag(
+        *("out_file", "output_path"),
         dest="out",
         type=Path,
         required=True,
         metavar="FILE.nemo",
     )  # fmt: skip
-    parser.add_argument("--precision", choices=["32", "16", "bf16"], help="default: the dtype of the source")
-    parser.add_argument(
-        *("--no_check", "--no-check"),
+    parser.flag("precision", choices=["32", "16", "bf16"], help="default: the dtype of the source")
+    parser.flag(
+        "no_check",
         action="store_true",
         help="do not compare NeMo's logits with transformers' before the file is put in place",
     )
-    parser.add_argument("--llama31", nargs="?", const="True", help="ignored: rope scaling is read from config.json")
+    parser.flag("llama31", nargs="?", const="True", help="ignored: rope scaling is read from config.json")
     return parser.parse_args(argv)
 
 

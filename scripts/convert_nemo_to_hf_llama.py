@@ -10,21 +10,20 @@ import argparse
 from pathlib import Path
 
 from steerlm_nemo.errors import exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        *("--in-file", "--in_file", "--input_name_or_path", "--input-name-or-path"),
+    parser = Flags(__doc__)
+    parser.flag(
+        *("in_file", "input_name_or_path"),
         dest="nemo",
         type=Path,
         required=True,
         metavar="FILE.nemo",
     )  # fmt: skip
-    parser.add_argument(
-        *("--out-file", "--out_file", "--output_path", "--output-path"),
+    parser.flag(
+        *("out_file", "output_path"),
         dest="out",
         type=Path,
         required=True,

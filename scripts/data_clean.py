@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from steerlm_nemo.data.tokenizer_flags import (
     add_template_flags,
     add_tokenizer_flags,
-    both_spellings,
     choose_template,
     load_tokenizer,
 )
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
 
-    add = both_spellings(parser)
+    add = parser.flag
     add("dataset_file", required=True, help="records, .jsonl or .jsonl.gz")
     add("output_file", required=True, help="the records that stay; rejected ones go to OUTPUT_FILE.rejects.jsonl")
     add_tokenizer_flags(add)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 if TYPE_CHECKING:
     from steerlm_nemo.stages import Stage
@@ -78,12 +79,12 @@ GENUINE = Sizes(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="OpenAssistant trees, .jsonl or .jsonl.gz; without it, the toy world")
-    parser.add_argument("--output_dir", "--output-dir", dest="output_dir", type=Path, default=Path("results/demo"))
-    parser.add_argument("--num_trees", "--num-trees", dest="num_trees", type=int, default=700, help="of the toy world")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has done")
+    parser = Flags(__doc__)
+    parser.flag("data", type=Path, help="OpenAssistant trees, .jsonl or .jsonl.gz; without it, the toy world")
+    parser.flag("output_dir", type=Path, default=Path("results/demo"))
+    parser.flag("num_trees", type=int, default=700, help="of the toy world")
+    parser.flag("seed", type=int, default=1)
+    parser.flag("fresh", action="store_true", help="forget what an earlier run has done")
     return parser.parse_args()
 
 

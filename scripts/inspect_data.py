@@ -17,17 +17,17 @@ from pathlib import Path
 from steerlm_nemo.data.tokenizer_flags import (
     add_template_flags,
     add_tokenizer_flags,
-    both_spellings,
     choose_template,
     load_tokenizer,
 )
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("files", nargs="+", help="JSON lines, a JSON array, Parquet, a directory, hf://owner/name")
-    add = both_spellings(parser)
+    add = parser.flag
     add("format", default="auto", help="shape of the files: auto (by their keys), oasst-trees, helpsteer, ...")
     add("schema", default="", help="attributes to look at: a preset or a YAML file; default: those of the shape")
     add("type", default="TEXT_TO_VALUE", help="how records that have no type are rendered to be counted in tokens")

@@ -14,14 +14,15 @@ import sys
 from pathlib import Path
 
 from steerlm_nemo.errors import EXIT_BAD_INPUT, InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(__doc__)
     parser.add_argument("nemo", type=Path, metavar="FILE.nemo", help="a .nemo file or an extracted folder")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--verify",
+    parser.flag("json", action="store_true", help="print JSON")
+    parser.flag(
+        "verify",
         action="store_true",
         help="read every tensor, compare it with the CRC-32 stored when it was written, count NaN, hash every member; "
         "finds what is unreadable and what changed by accident, not a forgery. zarr weights have no CRC",

@@ -10,15 +10,12 @@ import argparse
 from pathlib import Path
 
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def flag(name: str, **settings: object) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
-
+    parser = Flags(__doc__)
+    flag = parser.flag
     flag("trees_file", required=True, help="OpenAssistant trees, .jsonl or .jsonl.gz")
     flag("output_dir", type=Path, required=True, help="folder to write; one of that name is replaced")
     flag("schema", default="nemo12+lang", help="attributes whose lines the tokenizer must know")

@@ -10,13 +10,14 @@ import gzip
 from pathlib import Path
 
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", "--output-dir", dest="output_dir", type=Path, required=True)
-    parser.add_argument("--num_trees", "--num-trees", dest="num_trees", type=int, default=700)
-    parser.add_argument("--seed", type=int, default=1)
+    parser = Flags(__doc__)
+    parser.flag("output_dir", type=Path, required=True)
+    parser.flag("num_trees", type=int, default=700)
+    parser.flag("seed", type=int, default=1)
     return parser.parse_args()
 
 

@@ -14,15 +14,12 @@ Where no exact reader of the text exists, let a value model read the responses:
 import argparse
 
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def flag(name: str, **settings: object) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
-
+    parser = Flags(__doc__)
+    flag = parser.flag
     flag("prompts_file", help="chat records; the first user text of each is a prompt")
     flag("responses_file", help="instead: answered requests, to be written as chat records for a value model")
     flag("output_file", required=True)

@@ -4,18 +4,18 @@ r"""Graded conversations -> text and label vector, one line per graded turn, for
         --output-file=data/helpsteer_train_reg.jsonl
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from steerlm_nemo.errors import exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input-file", required=True, help="chat records, .jsonl (also .gz or .zst)")
-    parser.add_argument("--output-file", required=True, help="where the lines go; rejects and report go beside it")
-    parser.add_argument("--strict", action="store_true", help="stop at the first unusable record")
+    parser = Flags(__doc__)
+    parser.flag("input_file", required=True, help="chat records, .jsonl (also .gz or .zst)")
+    parser.flag("output_file", required=True, help="where the lines go; rejects and report go beside it")
+    parser.flag("strict", action="store_true", help="stop at the first unusable record")
     parser.add_argument("-v", "--verbose", action="store_true", help="print how often each grade occurs")
     args = parser.parse_args(argv)
 

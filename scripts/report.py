@@ -16,15 +16,12 @@ import time
 from pathlib import Path
 
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def flag(name: str, **settings: object) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
-
+    parser = Flags(__doc__)
+    flag = parser.flag
     flag("graded_file", required=True, help="annotated JSONL of held-out turns")
     flag("responses_file", help="answered steering requests about the toy world")
     flag("graded_responses_file", help="instead: answered steering requests, graded by the value model")

@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from steerlm_nemo.data.tokenizer_flags import (
     add_template_flags,
     add_tokenizer_flags,
-    both_spellings,
     choose_template,
     load_tokenizer,
 )
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = both_spellings(parser)
+    parser = Flags(__doc__)
+    add = parser.flag
     add("dataset_file", required=True, help="records, .jsonl, plain or compressed (.gz, .zst)")
     add("line", type=int, nargs="+", default=[1], help="numbers of the lines to show, from 1")
     add_tokenizer_flags(add)

@@ -10,19 +10,13 @@ Many at once: --input_file prompts.jsonl, one {"prompt": "..."} or {"messages": 
 import argparse
 
 from steerlm_nemo.errors import exit_with_message
+from steerlm_nemo.flags import Flags
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Ask a served SteerLM model for responses at chosen attribute values.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def flag(name: str, **settings: object) -> None:
-        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        parser.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
-
+    description = "Ask a served SteerLM model for responses at chosen attribute values."
+    parser = Flags(description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.flag
     flag("prompt", help="the user's message")
     flag("attributes", default="", help="for example quality:4,humor:0; the rest gets the model's defaults")
     flag("system", help="system prompt; without it, the one of the training data")

@@ -70,7 +70,10 @@ class Conversation:
         """
         turns_raw = record.get("conversations")
         if not isinstance(turns_raw, list) or not turns_raw:
-            raise RecordError(f"{ref}: 'conversations' must be a non-empty list of turns; keys seen: {sorted(record)}")
+            is_tree = {"message_tree_id", "prompt"} <= record.keys()
+            hint = " (an OpenAssistant tree? Run scripts/preprocessing.py first)" if is_tree else ""
+            keys = sorted(record)
+            raise RecordError(f"{ref}: 'conversations' must be a non-empty list of turns{hint}: keys seen {keys}")
         system = record.get("system")
         if not isinstance(system, str):
             raise RecordError(f"{ref}: 'system' must be a string, found {system!r}")

@@ -228,6 +228,7 @@ class Accounting:
     strict: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    first_rejected: str | None = None  # with its place
     _file: IO[str] | None = None
 
     @classmethod
@@ -258,6 +259,7 @@ class Accounting:
         self.counts["rejected"] += 1
         self.reasons[reason.split(":")[0]] += 1
         if self._file is None:
+            self.first_rejected = f"{ref}: {reason}"
             self.rejects_path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.rejects_path.open("w", encoding="utf-8", newline="\n")
         raw_text = raw.decode("utf-8", errors="backslashreplace")
@@ -276,6 +278,10 @@ class Accounting:
             # Backslashes for what UTF-8 cannot carry: a name may hold a lone surrogate.
             file.write(json.dumps(body, indent=2) + "\n")
 
+    def reasons_text(self) -> str:
+        """The reasons for what was left out, the most frequent first, with how often each occurred."""
+        return "; ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common())
+
     def summary(self) -> str:
         """Counts that add up to the records read, reasons, and the reject file if there is one."""
         total = sum(self.counts.values())
@@ -283,7 +289,7 @@ class Accounting:
             f"{self.counts[kind]} {kind}" for kind in ("written", "filtered", "rejected")
         )
         if self.reasons:
-            text += " (" + "; ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common()) + ")"
+            text += f" ({self.reasons_text()})"
         if self.counts["rejected"]:
             text += f"; rejected records are in {self.rejects_path}"
         return text

@@ -104,6 +104,26 @@ def test_the_wrong_kind_of_file_is_one_message(script: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [given]
 
 
+def test_a_flag_is_not_guessed_from_its_beginning(tmp_path: Path) -> None:
+    result = run(ROOT / "scripts" / "make_toy_world.py", f"--output={tmp_path / 'world'}", f"--output_dir={tmp_path}")
+    assert result.returncode == 2 and "unrecognized arguments: --output=" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hugging_face_folder_is_to_be_converted_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    result = run(ROOT / "scripts" / "megatron_gpt_eval.py", f"gpt_model_file={tmp_path}", "server=True")
+    assert result.returncode == 2 and "scripts/convert_hf_llama_to_nemo.py makes a .nemo of it" in result.stderr
+
+
+def test_a_question_may_have_quotes(tmp_path: Path) -> None:
+    question = """Who said "it's raining"?"""
+    result = subprocess.run(["make", "-n", "steer", f"PROMPT={question}"], cwd=ROOT, capture_output=True, text=True)
+    said = result.stdout.splitlines()[-1].replace(".venv/bin/python scripts/steered_inference.py", "printf '%s|'")
+    shown = subprocess.run(["bash", "-c", said], env={"QUESTION": question}, capture_output=True, text=True).stdout
+    assert f"--prompt={question}|" in shown
+
+
 def test_a_folder_cannot_be_made_where_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = run(ROOT / "scripts" / "make_toy_world.py", f"--output_dir={tmp_path}/file")

@@ -185,15 +185,21 @@ def annotate(
             )
         if annotator.num_server_faults:
             raise IncompleteError(
-                f"{annotator.num_server_faults} of {total} records have no grades because the server failed on them; "
+                f"{annotator.num_server_faults} of {total} records have no grades because the server failed on them "
+                f"({accounting.reasons_text()}); "
                 f"{accounting.rejects_path} has each with its reason. {output} is not written. Run the same command "
                 f"again when the server is well (the other {len(journal)} are kept)."
             )
         if num_rejected and not allow_rejected:
             raise IncompleteError(
-                f"{num_rejected} of {total} records could not be annotated; {accounting.rejects_path} has each with "
-                f"its reason. {output} is not written. Correct them and run the same command again "
-                f"(the other {len(journal)} are kept), or add --allow_rejected to go without them."
+                f"{num_rejected} of {total} records could not be annotated ({accounting.reasons_text()}); "
+                f"{accounting.rejects_path} has each with its reason. {output} is not written. "
+                + (
+                    f"Correct them and run the same command again (the other {len(journal)} are kept), or add "
+                    "--allow_rejected to go without them."
+                    if len(journal)
+                    else "None could be: is this the right file?"
+                )
             )
         summary = _write(source, output, journal, settings, served.schema)
         summary.num_resumed, summary.seconds = num_resumed, time.monotonic() - start

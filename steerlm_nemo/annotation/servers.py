@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from steerlm_nemo.errors import FormatMismatchError, InputError, ServerError
 from steerlm_nemo.serving import client as pauses
 from steerlm_nemo.serving.client import (
@@ -178,11 +180,15 @@ class ServerPool:
         with self._changed:
             server.num_in_flight -= 1
             if reached:
+                if server.num_failures:
+                    _say(f"{server.client.where} is back")
                 server.num_failures, server.again_at = 0, 0.0
             elif begun >= server.failed_at:  # requests that were under way together fail together: once
                 server.failed_at = time.monotonic()
                 server.again_at = server.failed_at + _pause_s(server.num_failures)
                 server.num_failures += 1
+                if server.num_failures == 1 and self.retries:
+                    _say(f"WARNING: {error} It is asked again, {self.retries} times at most.")
                 server.last_error = error
                 server.known = False
             self._changed.notify_all()
@@ -222,6 +228,10 @@ class ServerPool:
                     raise InputError(str(err)) from err
             server.known = True
         return None
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # above a progress bar, if there is one
 
 
 def _pause_s(attempt: int) -> float:

@@ -221,6 +221,10 @@ def _open_in(nemo: NemoFile, folder: str, name: str) -> IO[bytes]:
 
 def _read_config(nemo: NemoFile) -> dict[str, Any]:
     if CONFIG_NAME not in nemo.members:
+        if "config.json" in nemo.members:
+            raise CheckpointError(
+                f"{nemo.path}: a Hugging Face folder; scripts/convert_hf_llama_to_nemo.py makes a .nemo of it"
+            )
         raise CheckpointError(
             f"{nemo.path}: has no {CONFIG_NAME}, so it is not a .nemo. Members: {', '.join(sorted(nemo.members)[:8])}"
         )

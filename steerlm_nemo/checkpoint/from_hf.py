@@ -24,12 +24,11 @@ from steerlm_nemo.checkpoint.llama_config import HFConfig, nemo_config, read_hf_
 from steerlm_nemo.checkpoint.mapping import EXTRA_STATE, EXTRA_STATE_STACKED, OUTPUT, Layout, Rule, rules_for
 from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, TensorPlace, find_tensors
 from steerlm_nemo.checkpoint.safety import CONFIG_NAME
-from steerlm_nemo.checkpoint.streaming import read_ahead
+from steerlm_nemo.checkpoint.streaming import PIECE_BYTES, in_pieces, read_ahead
 from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, find_tokenizer
 from steerlm_nemo.checkpoint.torch_dist import DATA_FILE, INDEX, TorchDistWriter, common_and_backend
 from steerlm_nemo.errors import CheckpointError, InputError
 
-PIECE_BYTES = 4 * 2**20  # good to read and write, and what the caches of a processor hold
 DTYPES = {"32": "float32", "16": "float16", "bf16": "bfloat16"}
 # Older transformers stored this constant with the weights; Megatron computes it.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -219,24 +218,9 @@ def _write_tensors(conversion: Conversion, writer: TorchDistWriter, report: Call
 
 
 def _pieces(conversion: Conversion, rule: Rule, layer: int | None) -> Iterator[list[_Source]]:
-    """The bytes of a Megatron tensor in order, put together to pieces of a size that is good to read and write.
-
-    What has to be cast is a piece of its own.
-    """
-    piece: list[_Source] = []
-    size = 0
-    for source in _sources(conversion, rule, layer):
-        is_cast = source.place.dtype != conversion.dtype
-        if piece and (is_cast or size + source.num_bytes > PIECE_BYTES):
-            yield piece
-            piece, size = [], 0
-        piece.append(source)
-        size += source.num_bytes
-        if is_cast:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
+    """The bytes of a Megatron tensor in order; what has to be cast is a piece of its own."""
+    sources = _sources(conversion, rule, layer)
+    return in_pieces(sources, PIECE_BYTES, lambda source: source.place.dtype != conversion.dtype)
 
 
 def _sources(conversion: Conversion, rule: Rule, layer: int | None) -> Iterator[_Source]:

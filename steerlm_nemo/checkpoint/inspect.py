@@ -144,6 +144,8 @@ def render(facts: dict[str, Any]) -> str:
     lines = [f"{facts['path']}  {facts.get('num_bytes', 0) / 1e9:.3f} GB"]
 
     def section(title: str, entries: dict[str, Any]) -> None:
+        if not entries:  # damaged; what is wrong with it follows
+            return
         lines.append(f"\n{title}")
         lines.extend(f"  {key:38} {value}" for key, value in entries.items())
 
@@ -167,7 +169,7 @@ def render(facts: dict[str, Any]) -> str:
                 "digest": steerlm["digest"],
             },
         )
-    else:
+    elif "steerlm" in facts:
         lines.append("\nSteerLM format: none (not trained by this project)")
     if training := facts.get("trained_from"):
         section("trained from", training)

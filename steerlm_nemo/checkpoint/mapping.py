@@ -108,15 +108,22 @@ class Rule:
         """All rows of the Megatron tensor (of one layer, where they are stacked), from its first to its last."""
         return list(self.order(tuple(layout.hf_shape(axes)[0] for axes in self.hf_axes), layout))
 
+    def rows_of_parts(self, layout: Layout) -> list[list[tuple[int, int]]]:
+        """The way back: per Hugging Face tensor its rows in the Megatron tensor, as (first, count) in order."""
+        parts: list[list[tuple[int, int]]] = [[] for _ in self.hf]
+        first = 0
+        for run in self.runs(layout):
+            if run.part is not None:
+                parts[run.part].append((first, run.count))
+            first += run.count
+        return parts
+
     def unpack(self, packed: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
         """The Hugging Face tensors of a Megatron tensor, as views where their rows lie together."""
         import torch
 
-        pieces: list[list[torch.Tensor]] = [[] for _ in self.hf]
-        for run, rows in zip(runs := self.runs(layout), packed.split([run.count for run in runs]), strict=True):
-            if run.part is not None:
-                pieces[run.part].append(rows)
-        return [torch.cat(piece) if len(piece) > 1 else piece[0] for piece in pieces]
+        parts = [[packed[first : first + count] for first, count in rows] for rows in self.rows_of_parts(layout)]
+        return [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
 
 
 _HF, _MC = "model.layers.{i}", "model.decoder.layers"

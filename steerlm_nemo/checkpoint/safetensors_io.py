@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steerlm_nemo.checkpoint.streaming import read_into
 from steerlm_nemo.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,15 +42,11 @@ class TensorPlace:
         """
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.start + start)
-                done = 0
-                while done < len(into):  # one call of the system reads at most 2 GiB
-                    count = file.readinto(into[done:])
-                    if not count:
-                        raise InputError(f"{self.path}: ends too early")
-                    done += count
+                is_there = read_into(file, self.start + start, into)
         except OSError as err:
             raise InputError(f"{self.path}: cannot be read: {err.strerror}") from err
+        if not is_there:
+            raise InputError(f"{self.path}: ends too early")
 
 
 def places_in(path: Path) -> dict[str, TensorPlace]:

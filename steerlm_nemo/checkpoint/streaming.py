@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
@@ -28,6 +28,45 @@ def read_ahead(read: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterato
                 yield first, result.result()
         for last, result in pending:
             yield last, result.result()
+
+
+PIECE_BYTES = 4 * 2**20  # good to read and write, and what the caches of a processor hold
+
+
+def read_into(file: Any, start: int, buffer: memoryview) -> bool:
+    """Fill `buffer` from an unbuffered file, from `start` on. False where the file ends before."""
+    file.seek(start)
+    done = 0
+    while done < len(buffer):  # one call of the system reads at most 2 GiB
+        count = file.readinto(buffer[done:])
+        if not count:
+            return False
+        done += count
+    return True
+
+
+class Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Source = TypeVar("Source", bound=Sized)
+
+
+def in_pieces(
+    sources: Iterable[Source], limit: int, alone: Callable[[Source], bool] = lambda source: False
+) -> Iterator[list[Source]]:
+    """Sources that follow one another, together up to `limit` bytes; those that are to be alone, alone."""
+    piece: list[Source] = []
+    size = 0
+    for source in sources:
+        if piece and (alone(source) or alone(piece[0]) or size + source.num_bytes > limit):
+            yield piece
+            piece, size = [], 0
+        piece.append(source)
+        size += source.num_bytes
+    if piece:
+        yield piece
 
 
 class EagerFile(io.BufferedWriter):

@@ -1,4 +1,7 @@
-"""`.nemo` -> Hugging Face Llama folder, one tensor at a time: no model is built and NeMo is not imported.
+"""`.nemo` -> Hugging Face Llama folder: no model is built and NeMo is not imported.
+
+Rows that lie whole in the data files are copied in pieces. Only what ranks have split within rows is put together by
+torch, one tensor at a time.
 
 The folder holds safetensors (several files and an index above 5 GB), config.json, generation_config.json and the
 tokenizer, and appears under its name only when it is complete.
@@ -13,17 +16,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile, check_weights, remove_stale
 from steerlm_nemo.checkpoint.from_hf import gigabytes
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY, hf_config, layout_of
 from steerlm_nemo.checkpoint.mapping import EMBEDDING, Layout, Rule, rules_for
 from steerlm_nemo.checkpoint.safetensors_io import INDEX, ITEM_SIZE, SINGLE, header
-from steerlm_nemo.checkpoint.streaming import EagerFile, read_ahead
+from steerlm_nemo.checkpoint.streaming import PIECE_BYTES, EagerFile, in_pieces, read_ahead, read_into
 from steerlm_nemo.checkpoint.tokenizer_files import (
     HUGGINGFACE,
     PACKED_NAMES,
@@ -32,11 +36,9 @@ from steerlm_nemo.checkpoint.tokenizer_files import (
     sentencepiece_facts,
     tokenizer_json_size,
 )
+from steerlm_nemo.checkpoint.torch_dist import StoredRows
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -190,26 +192,74 @@ def _write_folder(plan: Export, folder: Path, total: int, max_shard_bytes: int, 
 
 def _write_shard(plan: Export, path: Path, shard: list[tuple[Rule, int | None]]) -> list[str]:
     """Write one safetensors file; returns the names in it."""
-    import torch
-
     entries = {
         name: (plan.weights.dtype, plan.layout.hf_shape(axes))
         for rule, layer in shard
         for name, axes in zip(rule.hf_names(layer), rule.hf_axes, strict=True)
     }
 
-    def read(unit: tuple[Rule, int | None]) -> torch.Tensor:
-        rule, layer = unit
-        return plan.weights.read(rule.mcore, layer)
+    # One being read, two being written or waiting for it.
+    buffers = cycle([memoryview(bytearray(PIECE_BYTES)) for _ in range(3)])
 
+    def read(piece: list[_Source] | tuple[Rule, int | None]) -> list[memoryview]:
+        if isinstance(piece, tuple):
+            return _load(plan, *piece)
+        buffer, end = next(buffers), 0
+        for source in piece:
+            start, end = end, end + source.num_bytes
+            with plan.weights.open_file(source.file) as file:
+                if not read_into(file.raw, source.start, buffer[start:end]):  # type: ignore[attr-defined]
+                    raise CheckpointError(f"{plan.weights.where}/{source.file}: ends too early. The file is damaged.")
+        return [buffer[:end]]
+
+    # Known before anything is read: the reading thread has the archive to itself.
+    pieces = [piece for rule, layer in shard for piece in _pieces(plan, rule, layer)]
     with EagerFile(path) as file:
         file.write(header(entries))
-        for (rule, _), packed in read_ahead(read, shard):
-            for tensor in rule.unpack(packed, plan.layout):
-                # numpy has no bfloat16; bytes are bytes
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        for _, found in read_ahead(read, pieces):
+            for data in found:
+                file.write(data)
         file.sync()
     return list(entries)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Bytes of a data file that are bytes of the result."""
+
+    file: str
+    start: int
+    num_bytes: int
+
+
+def _pieces(plan: Export, rule: Rule, layer: int | None) -> Iterator[list[_Source] | tuple[Rule, int | None]]:
+    """What to copy for the Hugging Face tensors of a rule, in their order; or the rule itself, for torch to load."""
+    stored = plan.weights.rows(rule.mcore, layer)
+    if stored is None:
+        yield rule, layer
+        return
+    shape = plan.layout.hf_shape(rule.hf_axes[0])
+    row_bytes = math.prod(shape[1:]) * ITEM_SIZE[plan.weights.dtype]
+    yield from in_pieces(_sources(rule.rows_of_parts(plan.layout), stored, row_bytes), PIECE_BYTES)
+
+
+def _sources(parts: list[list[tuple[int, int]]], stored: list[StoredRows], row_bytes: int) -> Iterator[_Source]:
+    for first, count in (rows for part in parts for rows in part):
+        for rows in stored:
+            start, end = (
+                rows.start + (max(rows.first, min(row, rows.first + rows.count)) - rows.first) * row_bytes
+                for row in (first, first + count)
+            )
+            for place in range(start, end, PIECE_BYTES):
+                yield _Source(rows.file, place, min(PIECE_BYTES, end - place))
+
+
+def _load(plan: Export, rule: Rule, layer: int | None) -> list[memoryview]:
+    import torch
+
+    tensors = rule.unpack(plan.weights.read(rule.mcore, layer), plan.layout)
+    # numpy has no bfloat16; bytes are bytes
+    return [memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) for tensor in tensors]  # type: ignore[arg-type]
 
 
 def _json(data: dict[str, Any]) -> bytes:

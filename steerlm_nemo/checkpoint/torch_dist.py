@@ -174,6 +174,82 @@ def _places(index: Index) -> Iterator[tuple[str, str, int, int]]:
         yield key, stored.file, stored.start, stored.num_bytes
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of a tensor, or of one layer of it, that lie in a data file as they do in memory."""
+
+    file: str
+    start: int
+    first: int
+    count: int
+
+
+def stored_rows(
+    tensor: StoredTensor, leading: int | None, open_file: Callable[[str], IO[bytes]], where: str
+) -> list[StoredRows] | None:
+    """Where all rows of `read_slab`'s result lie, first to last, so that they can be copied without loading a tensor.
+
+    None where that is not so: ranks have split the rows, or the storage is not plain.
+
+    Raises:
+        CheckpointError: a chunk is damaged.
+    """
+    found = []
+    shape = tensor.shape if leading is None else tensor.shape[1:]
+    for chunk in tensor.chunks:
+        offset, sizes, skipped = chunk.offset, chunk.shape, 0
+        if leading is not None:
+            skipped = leading - offset[0]
+            if not 0 <= skipped < sizes[0]:
+                continue
+            offset, sizes = offset[1:], sizes[1:]
+        start = None if sizes[1:] != shape[1:] else _start_of_values(chunk, tensor.dtype, open_file, where)
+        if start is None:
+            return None
+        start += skipped * math.prod(sizes) * ITEM_SIZE[tensor.dtype]
+        found.append(StoredRows(chunk.file, start, offset[0], sizes[0]))
+    found.sort(key=lambda rows: rows.first)
+    ends = [0, *(rows.first + rows.count for rows in found)]
+    return found if [*(rows.first for rows in found), shape[0]] == ends else None
+
+
+def _start_of_values(chunk: Chunk, dtype: str, open_file: Callable[[str], IO[bytes]], where: str) -> int | None:
+    """Where in its data file the values of a chunk begin, if they lie there contiguous and in this machine's order."""
+    name = f"{where}/{chunk.file}"
+    if chunk.is_bare or dtype not in _STORAGES:
+        return None
+    try:
+        with open_file(chunk.file) as stream, Slice(stream, chunk.start, chunk.num_bytes) as part:
+            file = io.BufferedReader(part)
+            value = load_torch_file(file, name)
+            if getattr(value, "global_name", None) != "torch._utils._rebuild_tensor_v2":
+                return None
+            storage, first, shape, strides = value.args[:4]
+            _, storage_type, key, *_ = storage.args[0]
+            if (storage_type.global_name, _ints(shape), _ints(strides)) != (
+                f"torch.{_STORAGES[dtype]}",
+                chunk.shape,
+                _contiguous(chunk.shape),
+            ):
+                return None
+            with zipfile.ZipFile(file) as archive:
+                top = archive.namelist()[0].split("/")[0]
+                records = {info.filename.removeprefix(f"{top}/"): info for info in archive.infolist()}
+                if "byteorder" in records and archive.read(records["byteorder"]).decode() != sys.byteorder:
+                    return None
+                record = records[f"data/{key}"]
+            if (first + math.prod(shape)) * ITEM_SIZE[dtype] > record.file_size:
+                return None
+            file.seek(record.header_offset)
+            name_and_extra = struct.unpack("<2H", file.read(30)[26:])
+            start = record.header_offset + 30 + sum(name_and_extra)
+            if start + record.file_size > chunk.num_bytes:
+                return None
+            return chunk.start + start + first * ITEM_SIZE[dtype]
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, IndexError, struct.error) as err:
+        raise CheckpointError(f"{name}: damaged ({type(err).__name__}: {str(err)[:200]})") from err
+
+
 def read_slab(
     tensor: StoredTensor, leading: int | None, open_file: Callable[[str], IO[bytes]], where: str
 ) -> torch.Tensor:
@@ -304,10 +380,14 @@ def _write_torch_file(stream: IO[bytes] | _Counting, value: object, num_bytes: i
 
 def _tensor(shape: tuple[int, ...], dtype: str) -> _Stored:
     """As torch pickles a contiguous tensor, its storage being record 0 of the zip."""
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     storage = _Persistent(("storage", _Global(f"torch {_STORAGES[dtype]}"), "0", "cpu", math.prod(shape)))
     hooks = _Stored("collections OrderedDict", args=())
-    return _Stored("torch._utils _rebuild_tensor_v2", args=(storage, 0, shape, strides, False, hooks))
+    return _Stored("torch._utils _rebuild_tensor_v2", args=(storage, 0, shape, _contiguous(shape), False, hooks))
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of values that lie rows first without gaps."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}

@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING
 
 from steerlm_nemo.checkpoint.archive import WEIGHTS_DIR, NemoFile
 from steerlm_nemo.checkpoint.mapping import Layout, Rule
-from steerlm_nemo.checkpoint.torch_dist import INDEX, Index, parse_index, read_slab
+from steerlm_nemo.checkpoint.torch_dist import INDEX, Index, StoredRows, parse_index, read_slab, stored_rows
 from steerlm_nemo.checkpoint.zarr_index import zarr_index
 from steerlm_nemo.errors import CheckpointError
 
@@ -66,6 +66,10 @@ class DistributedWeights:
         if problems:
             shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
             raise CheckpointError(f"{self.where}: tensors and config do not fit together:\n  " + "\n  ".join(shown))
+
+    def rows(self, key: str, layer: int | None) -> list[StoredRows] | None:
+        """Where the rows of `read`'s result lie in the data files; None where they must be put together by `read`."""
+        return stored_rows(self.index.tensors[key], layer, self.open_file, self.where)
 
     def read(self, key: str, layer: int | None) -> torch.Tensor:
         """One tensor, or one layer of a stacked one."""

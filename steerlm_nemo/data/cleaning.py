@@ -236,8 +236,12 @@ def clean_file(
             _write_report(report, dataset_file, output_file, cleaner, records, findings)
         if not records.counts["written"]:
             raise IncompleteError(
-                f"{dataset_file}: nothing is left to train on at seq_len {cleaner.seq_len}: {records.summary()}. "
-                "Check the mask role, the labels and --seq_len."
+                f"{dataset_file}: nothing is left to train on at seq_len {cleaner.seq_len}: {records.summary()}"
+                + (
+                    ". Check the mask role, the labels and --seq_len."
+                    if records.counts["filtered"]
+                    else f". The first one: {records.first_rejected}"
+                )
             )
     return findings
 

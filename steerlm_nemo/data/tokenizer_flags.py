@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 MARKERS = [marker.name for marker in fields(ChatTemplate)]
 
 
-def both_spellings(parser: argparse.ArgumentParser) -> Callable[..., None]:
-    """A function that adds a flag as `--a_b` and as `--a-b`."""
-
-    def add(name: str, **options: object) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, dest=name, **options)  # type: ignore[arg-type]
-
-    return add
-
-
 def add_tokenizer_flags(add: Callable[..., None]) -> None:
     """The reference's three flags."""
     add("library", default="huggingface", choices=("huggingface", "sentencepiece"), help="kind of tokenizer")

@@ -91,7 +91,8 @@ def _problems(cfg: DictConfig, base: Any) -> Iterator[str]:
     yield from _batch_problems(cfg)
     for key in ("train_ds", "validation_ds"):
         if not Path(model.data[key].file_path).is_file():
-            yield f"model.data.{key}.file_path: no file {model.data[key].file_path}"
+            what = "is a folder" if Path(model.data[key].file_path).is_dir() else "does not exist"
+            yield f"model.data.{key}.file_path: {model.data[key].file_path} {what}; give a JSONL file of records"
         workers = model.data[key].memmap_workers
         if workers is not None and (not isinstance(workers, int) or workers < 1):
             yield f"model.data.{key}.memmap_workers is {workers!r}; it must be a number of processes or null"

@@ -174,7 +174,7 @@ def test_no_record_is_lost_or_doubled_behind_a_faulty_network(
 
 
 @pytest.mark.slow
-def test_no_record_is_lost_or_doubled_when_the_server_is_killed_again_and_again(chat_file, tmp_path):
+def test_no_record_is_lost_or_doubled_when_the_server_is_killed_again_and_again(chat_file, tmp_path, capfd):
     source, records = chat_file(150)
     with live.open_listener(0) as free:
         port = free.getsockname()[1]
@@ -205,6 +205,8 @@ def test_no_record_is_lost_or_doubled_when_the_server_is_killed_again_and_again(
         thread.join()
         server.kill()
     assert kills == [20, 60, 100]
+    said = capfd.readouterr().err
+    assert said.count(f"WARNING: no server answers at http://127.0.0.1:{port}") == said.count("is back") == 3
     assert lines_of(tmp_path / "out.jsonl") == [expected(record) for record in records]
 
 
@@ -268,7 +270,8 @@ def test_records_that_cannot_be_annotated_are_rejected_with_reason_and_exit_code
     source.write_bytes(b"\n".join([*good[:4], *bad, *good[4:]]) + b"\n\n")
     with pytest.raises(IncompleteError) as err:
         run(source, output, value_port, batch_size=3)
-    assert err.value.exit_code == 3 and "5 of 13 records could not be annotated" in str(err.value)
+    assert err.value.exit_code == 3 and "5 of 13 records could not be annotated (not JSON: 1; " in str(err.value)
+    assert "(the other 8 are kept)" in str(err.value)
     assert not output.exists()
     rejects = lines_of(tmp_path / "out.jsonl.rejects.jsonl")
     assert sorted(reject["where"].rpartition(":")[2] for reject in rejects) == ["5", "6", "7", "8", "9"]
@@ -284,6 +287,15 @@ def test_records_that_cannot_be_annotated_are_rejected_with_reason_and_exit_code
     summary = run(source, output, value_port, allow_rejected=True)
     assert summary.num_records == summary.num_resumed == 8
     assert lines_of(output) == [expected(record) for record in records]
+
+
+def test_a_file_of_another_kind_is_not_called_correctable(value_port, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "no chat"}\n' * 3)
+    with pytest.raises(IncompleteError) as err:
+        run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", value_port)
+    said = str(err.value)
+    assert "3 of 3 records could not be annotated ('conversations' must be a non-empty list of turns: 3)" in said
+    assert "None could be: is this the right file?" in said
 
 
 def test_a_poisoned_record_costs_its_batch_nothing(value_engine, chat_file, tmp_path, fast_retries):

@@ -75,7 +75,7 @@ def llama3_style(make_llama: MakeLlama) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=384 - len(special), initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train([str(ROOT / "docs" / "checkpoints.md")], trainer)
+    tokenizer.train([str(ROOT / "LICENSE")], trainer)
     tokenizer.add_special_tokens(special)
     bos_id = tokenizer.token_to_id(special[0])
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -467,3 +467,38 @@ def test_a_kill_at_any_moment_leaves_a_whole_result_or_none(
     (out.parent / ".result.0123.partial").mkdir()  # at least one, whatever the kills hit
     convert_quietly(llama, out) if direction == "convert" else export_quietly(llama_nemo, out)
     assert sorted(out.parent.iterdir()) == sorted([bystander, out])
+
+
+def test_what_is_stored_in_rows_is_copied_and_the_rest_loaded(llama_nemo: Path, tmp_path: Path) -> None:
+    """The control of the copies: chunks that look alike but are not the plain rows of the tensor go another way."""
+    from steerlm_nemo.checkpoint.torch_dist import Chunk, StoredTensor, stored_rows
+
+    with open_nemo(llama_nemo) as nemo:
+        weights = DistributedWeights(nemo)
+        for key in weights.index.tensors:
+            layer = 1 if ".layers." in key else None
+            (rows,) = weights.rows(key, layer)
+            loaded = weights.read(key, layer)
+            with weights.open_file(rows.file) as file:
+                file.seek(rows.start)
+                stored = file.read(loaded.numel() * loaded.itemsize)
+            assert stored == loaded.contiguous().view(torch.uint8).numpy().tobytes()
+            assert (rows.first, rows.count) == (0, loaded.shape[0])
+    values = torch.arange(24.0).reshape(4, 6)
+    cases = {
+        "plain": (values.clone(), True),
+        "second half of a storage": (torch.arange(48.0)[24:].reshape(4, 6), True),
+        "transposed": (torch.arange(24.0).reshape(6, 4).t(), False),
+        "another dtype": (values.to(torch.bfloat16), False),
+        "a parameter": (torch.nn.Parameter(values), False),
+    }
+    path = tmp_path / "chunk.distcp"
+    for name, (tensor, is_plain) in cases.items():
+        torch.save(tensor, path)
+        chunk = Chunk((0, 0), (4, 6), path.name, 0, path.stat().st_size)
+        found = stored_rows(StoredTensor("float32", (4, 6), (chunk,)), None, lambda _: path.open("rb"), "here")
+        assert (found is not None) == is_plain, name
+        if found is not None:
+            assert path.read_bytes()[found[0].start :][:96] == tensor.contiguous().numpy().tobytes(), name
+        wide = StoredTensor("float32", (4, 12), (chunk, Chunk((0, 6), (4, 6), path.name, 0, chunk.num_bytes)))
+        assert stored_rows(wide, None, lambda _: path.open("rb"), "here") is None  # split within rows

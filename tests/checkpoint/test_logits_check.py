@@ -128,7 +128,7 @@ def test_a_model_with_a_tokenizer_json_round_trips_and_is_served_as_transformers
     tokenizer, model = AutoTokenizer.from_pretrained(back), AutoModelForCausalLM.from_pretrained(back)
     prompt = "The mapping is a table — each row has both names."
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    generated = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+    generated = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)[0]
 
     from steerlm_nemo.serving.server import open_listener
 
@@ -145,7 +145,8 @@ def test_a_model_with_a_tokenizer_json_round_trips_and_is_served_as_transformers
                 break
             except httpx.TransportError:
                 time.sleep(0.1)
-        body = {"sentences": [prompt], "tokens_to_generate": 12, "greedy": True, "add_BOS": False}
+        body = {"sentences": [prompt], "tokens_to_generate": 12, "min_tokens_to_generate": 12}
+        body |= {"greedy": True, "add_BOS": False}
         answer = httpx.put(f"http://127.0.0.1:{port}/generate", json=body, timeout=60, trust_env=False).json()
     finally:
         server.terminate()

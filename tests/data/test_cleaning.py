@@ -313,6 +313,14 @@ def test_the_script_takes_the_references_flags_in_both_spellings(arguments, dash
     assert (report["read"], report["written"], report["reasons"]) == (2, 1, {TARGET_BEYOND: 1})
 
 
+def test_trees_are_to_be_preprocessed_first(arguments, tmp_path):
+    tree = {"message_tree_id": "1", "prompt": {"message_id": "1", "text": "Hi", "role": "prompter", "replies": []}}
+    Path(arguments["dataset_file"]).write_text(json.dumps(tree) + "\n")
+    done = cli(*flags(arguments))
+    assert done.returncode == 3 and "Check the mask role" not in done.stderr
+    assert "(an OpenAssistant tree? Run scripts/preprocessing.py first)" in done.stderr
+
+
 def test_markers_as_flags_decide_what_fits(arguments, tmp_path):
     long_markers = {name: marker * 40 for name, marker in (("turn_start", "<t1>"), ("label_start", "<l2>"))}
     done = cli(*flags({**arguments, **long_markers}), f"--report={tmp_path / 'report.json'}")

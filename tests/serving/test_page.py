@@ -241,17 +241,22 @@ def test_asking_again_replaces_the_last_answers_at_the_settings_of_now(page: Pag
     assert tiny_world.reading(answer)["humor"] == 2
 
 
-def test_text_is_shown_as_it_is_made(page: Page, steerlm: live.ServerProcess) -> None:
-    page.open(steerlm.port)
-    page.one("#compare").click()
-    page.browser.execute_script(
-        "window.seen = []; new MutationObserver(() => seen.push(document.querySelector('.answer .text')?.textContent))"
-        ".observe(document.querySelector('#thread'), {subtree: true, childList: true, characterData: true});"
-    )
-    page.ask("Tell me.")
-    seen = [text for text in page.browser.execute_script("return seen") if text]
-    whole = seen[-1]
-    partial = sorted({text for text in seen if text != whole}, key=len)
+def test_text_is_shown_as_it_is_made(page: Page, endless: HFEngine) -> None:
+    with live.run_engine(endless) as port:
+        page.open(port)
+        page.one("#compare").click()
+        page.set("#max-tokens", "9000")
+        page.browser.execute_script(
+            "window.seen = new Set();"
+            "new MutationObserver(() => seen.add(document.querySelector('.answer .text')?.textContent))"
+            ".observe(document.querySelector('#thread'), {subtree: true, childList: true, characterData: true});"
+        )
+        page.set("#prompt", "Speak!")
+        page.one("#prompt").send_keys(Keys.ENTER)
+        page.until(lambda: page.browser.execute_script("return seen.size") > 3)
+        page.press("Stop")
+        page.settle()
+        *partial, whole = (text for text in page.browser.execute_script("return [...seen]") if text)
     assert len(partial) >= 2 and all(whole.startswith(text) for text in partial)
 
 
