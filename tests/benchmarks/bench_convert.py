@@ -62,15 +62,14 @@ def write_llama(folder: Path, model: TinyLlama) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
-def touch_memory() -> None:
-    """Write to most of the free memory once.
+def touch_memory(gigabytes: int) -> None:
+    """Write to so much of the free memory.
 
-    A virtual machine gets its memory from the host at the first touch, at seconds per GB; without this the contestant
-    that happens to get fresh pages loses.
+    A virtual machine gets its memory from the host at the first touch, at seconds per GB, and may have to give it back
+    when it is free for a while; without this the contestant that happens to get fresh pages loses.
     """
     import numpy
 
-    gigabytes = min(16, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") * 8 // 10 // 2**30)
     held = [numpy.ones(2**30, dtype=numpy.uint8) for _ in range(gigabytes)]
     del held
 
@@ -85,16 +84,22 @@ def copy_and_sync(source: Path, target: Path) -> None:
         os.fsync(out.fileno())
 
 
-def fresh(call: Callable[[], Run], target: Path) -> Run:
-    """`call` on a clean disk: nothing under the name of its result, nobody else's data waiting to be written."""
+def fresh(call: Callable[[], Run], source: Path, target: Path) -> Run:
+    """`call` under equal conditions: no result yet, no other data to be written, its input in the page cache, and memory
+    for its output."""
     shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
     subprocess.run(["sync"], check=True)
+    touch_memory(2)
+    for path in source.iterdir() if source.is_dir() else [source]:
+        with path.open("rb") as file:
+            while file.read(BLOCK):
+                pass
     return call()
 
 
 def script(path: Path, source: Path, target: Path, *flags: str) -> Run:
     argv = [sys.executable, str(path), "--in-file", str(source), "--out-file", str(target), *flags]
-    return fresh(lambda: measured_process(argv), target)
+    return fresh(lambda: measured_process(argv), source, target)
 
 
 def ratio_to_copy(runs: dict[str, Contestant], name: str, start_up: str) -> float:
@@ -112,7 +117,8 @@ def main() -> None:
         write_llama(small, llama(1, hidden_size=32, ffn_size=32))  # 4 MB: all that a conversion does but for the bytes
         num_bytes = sum(path.stat().st_size for path in large.glob("*.safetensors"))
         largest = max(2 * math.prod(shape) for _, shape in llama(1).shapes())
-        touch_memory()
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        touch_memory(min(16, free * 8 // 10 // 2**30))
         copied, nemo, back = work / "copy.bin", work / "ours.nemo", work / "back"
         small_nemo = work / "small.nemo"
         script(CONVERT, small, small_nemo, "--no_check")
@@ -120,10 +126,10 @@ def main() -> None:
         def stock() -> Run:
             argv = [sys.executable, str(STOCK), str(large), str(work / "stock.nemo")]
             env = {"OMP_NUM_THREADS": str(os.cpu_count())}
-            return fresh(lambda: measured_process(argv, env), work / "stock.nemo")
+            return fresh(lambda: measured_process(argv, env), large, work / "stock.nemo")
 
         quick = {
-            "copy and fsync": lambda: fresh(lambda: timed(lambda: copy_and_sync(large, copied)), copied),
+            "copy and fsync": lambda: fresh(lambda: timed(lambda: copy_and_sync(large, copied)), large, copied),
             "start-up: 4 MB converted": lambda: script(CONVERT, small, work / "start.nemo", "--no_check"),
             "converted": lambda: script(CONVERT, large, nemo, "--no_check"),
             "converted, half the layers": lambda: script(CONVERT, half, work / "half.nemo", "--no_check"),
