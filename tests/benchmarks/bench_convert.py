@@ -85,8 +85,8 @@ def copy_and_sync(source: Path, target: Path) -> None:
 
 
 def fresh(call: Callable[[], Run], source: Path, target: Path) -> Run:
-    """`call` under equal conditions: no result yet, no other data to be written, its input in the page cache, and memory
-    for its output."""
+    """`call` under equal conditions: no result yet, no other data to be written, its input and memory for its output at
+    hand."""
     shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
     subprocess.run(["sync"], check=True)
     touch_memory(2)
