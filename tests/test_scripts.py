@@ -118,14 +118,12 @@ def test_a_hugging_face_folder_is_to_be_converted_first(tmp_path: Path) -> None:
 
 def test_a_question_may_have_quotes(tmp_path: Path) -> None:
     question = """Who said "it's raining"?"""
-    env = {
-        key: value for key, value in os.environ.items() if not key.startswith("MAKE")
-    }  # the tests run in a make, too
+    # The tests themselves are run by make.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     command = ["make", "-n", "steer", f"PROMPT={question}"]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    said = next(line for line in result.stdout.splitlines() if "steered_inference" in line).replace(
-        ".venv/bin/python scripts/steered_inference.py", "printf '%s|'"
-    )
+    (said,) = (line for line in result.stdout.splitlines() if "steered_inference.py" in line)
+    said = said.replace(".venv/bin/python scripts/steered_inference.py", "printf '%s|'")
     shown = subprocess.run(["bash", "-c", said], env={"QUESTION": question}, capture_output=True, text=True).stdout
     assert f"--prompt={question}|" in shown
 
