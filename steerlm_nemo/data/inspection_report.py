@@ -383,7 +383,7 @@ def _heat_maps(files: Sequence[Inspection]) -> str:
         names = list(file.grades.counts())
         if len(names) > 1:
             cells = [[file.grades.correlation(one, other) for other in names] for one in names]
-            table = heat_table(names, [name.replace("_", " ") for name in names], cells, 1.0)
+            table = heat_table(names, names, cells, 1.0)
             drawn.append(f"<h3>Correlation, {escape(_short(file.name, files))}</h3>{table}")
     return "".join(drawn)
 

@@ -128,12 +128,13 @@ def heat_table(
     rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[float | None]], strongest: float
 ) -> str:
     """An HTML table, each cell as dark as its size against `strongest`; negative cells in another colour."""
-    head = "".join(f"<th>{escape(column)}" for column in columns)
+    # Where a name may break: in a column of two digits it would make the table twice as wide.
+    head = "".join(f"<th>{escape(column).replace('_', '_<wbr>')}" for column in columns)
     body = "".join(
         f"<tr><th>{escape(row)}" + "".join(_cell(value, strongest) for value in values)
         for row, values in zip(rows, cells, strict=True)
     )
-    return f"<table class=heat><tr><th>{head}{body}</table>"
+    return f"<div class=wide><table class=heat><tr><th>{head}{body}</table></div>"
 
 
 def _cell(value: float | None, strongest: float) -> str:
@@ -157,6 +158,6 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding
 .toy{background:#fff3cd;border-left:4px solid #d39e00;padding:.6em 1em}
 table{border-collapse:collapse;margin:.5em 0}td,th{border:1px solid #cfd6e0;padding:.25em .6em;text-align:left;
 vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}td.small{font-size:85%;color:#5a6577}
-.charts{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}figcaption{font-size:90%}
-table.heat td{text-align:center;min-width:2.6em}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:1em}figure{margin:0}figcaption{font-size:90%}
+table.heat td{text-align:center;min-width:2.6em}.wide{overflow-x:auto}
 </style>"""

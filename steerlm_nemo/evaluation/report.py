@@ -154,8 +154,8 @@ def _examples_section(results: Results) -> str:
         number = numbers[position % len(numbers)]
         shown = sorted((one for one in sweep if one.prompt_number == number), key=lambda one: one.requested[name])
         rows = "".join(
-            f"<tr><td class=n>{one.requested[name]}<td class=n>{_read(one.reading[name])}<td>{escape(one.response)}"
-            f"<td class=small>{_mixture(one, name)}"
+            f"<tr><td class=n>{one.requested[name]}<td class=n>{_read(one.reading[name])}"
+            f"<td>{escape(one.response) or '<i>empty</i>'}<td class=small>{_mixture(one, name)}"
             for one in shown
         )
         tables.append(
