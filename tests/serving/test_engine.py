@@ -111,13 +111,13 @@ def test_a_seed_decides_what_a_row_draws_whatever_its_neighbours(
 
 
 @pytest.mark.slow
-def test_a_thousand_labels_are_equal_in_every_order_at_both_tp_sizes_with_and_without_prefix_reuse(
+def test_a_thousand_labels_are_equal_in_three_orders_at_both_tp_sizes_with_and_without_prefix_reuse(
     by_tp_size: dict[int, Any],
 ) -> None:
     runs = [by_tp_size[tp_size][engine]["labels"] for tp_size in (1, 2) for engine in ("reused", "computed")]
     first = runs[0][0]
     assert len(first) == 1000 and len({tuple(tokens[-2:]) for tokens, _ in first}) > 1
-    assert [len(run) for run in runs] == [3, 1, 3, 1]
+    assert [len(run) for run in runs] == [3, 3, 3, 3]
     for labels in (labels for run in runs for labels in run):
         assert [tokens for tokens, _ in labels] == [tokens for tokens, _ in first]
         for (_, choices), (_, expected) in zip(labels, first, strict=True):
