@@ -64,10 +64,12 @@ lint: $(READY)  ## ruff and mypy
 convert: $(READY)  ## Hugging Face Llama folder IN -> .nemo OUT (BASE)
 	$(PY) scripts/convert_hf_llama_to_nemo.py --in-file $(IN) --out-file $(or $(OUT),$(BASE)) $(ARGS)
 
-export: $(READY)  ## .nemo IN -> Hugging Face folder OUT (WORK/hf)
+export: IN = $(STEERLM)
+export: $(READY)  ## .nemo IN (STEERLM) -> Hugging Face folder OUT (WORK/hf)
 	$(PY) scripts/convert_nemo_to_hf_llama.py --in-file $(IN) --out-file $(or $(OUT),$(WORK)/hf) $(ARGS)
 
-inspect: $(READY)  ## what is in the .nemo FILE
+inspect: FILE = $(BASE)
+inspect: $(READY)  ## what is in the .nemo FILE (BASE)
 	$(PY) scripts/inspect_nemo.py $(FILE) $(ARGS)
 
 preprocess: $(READY)  ## OASST trees TREES -> TYPE records (TEXT_TO_VALUE or VALUE_TO_TEXT) under prefix OUT
@@ -105,5 +107,5 @@ annotate: $(READY)  ## grade the conversations of FILE with the server on port 1
 
 # Through the environment: a question may have quotes in it.
 steer: export QUESTION = $(PROMPT)
-steer: $(READY)  ## ask the server on port 1427 PROMPT at ATTRIBUTES
+steer: $(READY)  ## ask the server on port 1427 PROMPT ($$ for $) at ATTRIBUTES
 	$(PY) scripts/steered_inference.py --port_num=1427 --prompt="$$QUESTION" --attributes=$(ATTRIBUTES) $(ARGS)

@@ -8,7 +8,6 @@ Stopped or killed, it goes on where it was when the same command is run again.
 """
 
 import argparse
-import sys
 
 from steerlm_nemo.errors import exit_with_message
 from steerlm_nemo.flags import Flags
@@ -78,8 +77,6 @@ def main() -> None:
         )
     print(summary.text())
     print(f"{args.output_file_name} written; {servers.num_requests} requests, {servers.num_retries} of them retries")
-    if summary.num_records == 0:
-        print("WARNING: no record was annotated", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -61,4 +61,4 @@ def report(line: str) -> None:
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, tidy=True)

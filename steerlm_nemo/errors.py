@@ -6,6 +6,7 @@ A message says what is wrong, where (file:line, record, key) and what to do next
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -50,13 +51,19 @@ class IncompleteError(SteerLMError):
     exit_code = EXIT_INCOMPLETE
 
 
-def exit_with_message(main: Callable[[], None]) -> None:
-    """Run `main`; print a user's error as one `error: ...` message without a traceback, then exit."""
+def exit_with_message(main: Callable[[], None], *, tidy: bool = False) -> None:
+    """Run `main`; print a user's error as one `error: ...` message without a traceback, then exit.
+
+    With `tidy`, SIGTERM ends it as Ctrl-C does, and what it was writing is removed. Programs with ranks do not want
+    that: a rank that waits for another inside a library would never see it.
+    """
+    if tidy:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except SteerLMError as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(err.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

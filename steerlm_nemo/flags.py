@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import sys
 from typing import Any
 
 
@@ -12,6 +14,15 @@ class Flags(argparse.ArgumentParser):
     def __init__(self, description: str | None, **options: Any) -> None:
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
         super().__init__(description=description, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but a misspelt flag is named before those that are missing for it."""
+        for argument in sys.argv[1:] if args is None else args:
+            name = str(argument).partition("=")[0]
+            if name.startswith("--") and len(name) > 2 and name not in self._option_string_actions:
+                near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                self.error(f"unrecognized arguments: {argument}" + (f"; did you mean {near[0]}?" if near else ""))
+        return super().parse_known_args(args, namespace)
 
     def flag(self, name: str, *aliases: str, **options: Any) -> None:
         """Add `--name` and its aliases, all with underscores; `options` are those of `add_argument`."""

@@ -23,8 +23,8 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | Path, model: bytes | None = None) -> None:
         """`model` is the content of the file, where that is at hand."""
         self._model = _read_model(path) if model is None else model
-        self._start = _load_sentencepiece(path, self._model)
-        self._continuation = _load_sentencepiece(path, self._model)
+        self._start = load_sentencepiece(path, self._model)
+        self._continuation = load_sentencepiece(path, self._model)
         self._continuation.override_normalizer_spec(add_dummy_prefix=False)
         self._encode_continuation: Callable[[str], list[int]] = self._continuation.encode
         self._encode: Callable[[str], list[int]] = self._start.encode
@@ -168,9 +168,12 @@ def _read_model(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def _load_sentencepiece(path: str | Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
+def load_sentencepiece(path: str | Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """A processor of a model's bytes; `path` is for messages. Raises InputError."""
     import sentencepiece
 
+    if not model:  # taken for no model at all, and asked for an id it crashes
+        raise InputError(f"{path}: not a SentencePiece model (an empty file)")
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, UnicodeDecodeError) as err:  # the latter while reporting a damaged piece

@@ -107,6 +107,8 @@ def test_the_wrong_kind_of_file_is_one_message(script: str, tmp_path: Path) -> N
 def test_a_flag_is_not_guessed_from_its_beginning(tmp_path: Path) -> None:
     result = run(ROOT / "scripts" / "make_toy_world.py", f"--output={tmp_path / 'world'}", f"--output_dir={tmp_path}")
     assert result.returncode == 2 and "unrecognized arguments: --output=" in result.stderr
+    result = run(ROOT / "scripts" / "data_clean.py", "--dataset_file=in.jsonl", "--output_fil=out.jsonl")
+    assert result.returncode == 2 and "--output_fil=out.jsonl; did you mean --output_file?" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

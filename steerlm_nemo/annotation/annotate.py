@@ -175,6 +175,13 @@ def annotate(
         for line in read_lines(source):
             total += 1
             num_resumed += journal.has(line)
+        if not total:
+            raise InputError(f"{source}: holds no record")
+        if len(journal) and not num_resumed:
+            raise InputError(
+                f"{journal.path} holds {len(journal)} records of another input, and none of {source}. Give another "
+                "--output_file_name, or delete that file to begin anew."
+            )
         with tqdm(total=total, initial=num_resumed, unit="thread", desc="annotate") as progress:
             stopped = annotator.run(source, batch_size, progress)
         num_rejected = accounting.counts["rejected"]
@@ -190,7 +197,7 @@ def annotate(
                 f"{accounting.rejects_path} has each with its reason. {output} is not written. Run the same command "
                 f"again when the server is well (the other {len(journal)} are kept)."
             )
-        if num_rejected and not allow_rejected:
+        if num_rejected and not (allow_rejected and len(journal)):
             raise IncompleteError(
                 f"{num_rejected} of {total} records could not be annotated ({accounting.reasons_text()}); "
                 f"{accounting.rejects_path} has each with its reason. {output} is not written. "

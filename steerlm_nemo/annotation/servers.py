@@ -140,8 +140,8 @@ class ServerPool:
                 raise
             except UnreachableError as err:
                 self._give_back(server, reached=False, begun=begun, error=str(err))
-                self._raise_if_all_are_gone()
                 with self._changed:
+                    self._raise_if_all_are_gone()
                     self.num_retries += 1
             except ServerError as err:
                 self._give_back(server, reached=True)
@@ -160,9 +160,13 @@ class ServerPool:
                 return answer
 
     def _take(self, home: int, failed: _Server | None) -> _Server:
-        """A server with room: the home, or the one with least to do, rather not `failed`. Waits until there is one."""
+        """A server with room: the home, or the one with least to do, rather not `failed`. Waits until there is one.
+
+        Raises UnreachableError when another thread has found that all are gone.
+        """
         with self._changed:
             while True:
+                self._raise_if_all_are_gone()
                 now = time.monotonic()
                 free = [s for s in self._servers if s.again_at <= now and s.num_in_flight < self.in_flight]
                 if free:
@@ -188,16 +192,16 @@ class ServerPool:
                 server.again_at = server.failed_at + _pause_s(server.num_failures)
                 server.num_failures += 1
                 if server.num_failures == 1 and self.retries:
-                    _say(f"WARNING: {error} It is asked again, {self.retries} times at most.")
+                    patience_s = sum(_longest_pause_s(attempt) for attempt in range(self.retries))
+                    _say(f"WARNING: {error} It is asked again for up to {patience_s:.0f} s.")
                 server.last_error = error
                 server.known = False
             self._changed.notify_all()
 
     def _raise_if_all_are_gone(self) -> None:
-        with self._changed:
-            if all(server.num_failures > self.retries for server in self._servers):
-                tries = f" ({self.retries + 1} tries)" if self.retries else ""
-                raise UnreachableError("\n".join(server.last_error + tries for server in self._servers))
+        if all(server.num_failures > self.retries for server in self._servers):
+            tries = f" ({self.retries + 1} tries)" if self.retries else ""
+            raise UnreachableError("\n".join(server.last_error + tries for server in self._servers))
 
     def _meet(self, server: _Server) -> str | None:
         """Ask a server what it serves. Returns why it cannot be reached, or None.
@@ -236,9 +240,12 @@ def _say(line: str) -> None:
 
 def _pause_s(attempt: int) -> float:
     """Growing, and spread out: or all the threads that failed together would come back together."""
+    return _longest_pause_s(attempt) * random.uniform(0.5, 1.0)
+
+
+def _longest_pause_s(attempt: int) -> float:
     # Looked up at each call: tests shorten them.
-    pause_s = min(pauses.FIRST_PAUSE_S * 2**attempt, pauses.LONGEST_PAUSE_S)
-    return pause_s * random.uniform(0.5, 1.0)
+    return min(pauses.FIRST_PAUSE_S * 2**attempt, pauses.LONGEST_PAUSE_S)
 
 
 def parse_endpoints(text: str) -> list[tuple[str, int]]:

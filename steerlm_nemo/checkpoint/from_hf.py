@@ -264,7 +264,7 @@ def _require_space(out: Path, num_bytes: int) -> None:
 
 
 def gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def vocabulary_text(layout: Layout) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile, check_weights, open_nemo
+from steerlm_nemo.checkpoint.from_hf import gigabytes
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY
 from steerlm_nemo.checkpoint.mapping import RULES
 from steerlm_nemo.checkpoint.safety import CONFIG_NAME
@@ -141,7 +142,7 @@ def _members(nemo: NemoFile, verify: bool) -> dict[str, dict[str, Any]]:
 
 def render(facts: dict[str, Any]) -> str:
     """The facts as text for a terminal, damage last."""
-    lines = [f"{facts['path']}  {facts.get('num_bytes', 0) / 1e9:.3f} GB"]
+    lines = [f"{facts['path']}  {gigabytes(facts.get('num_bytes', 0))}"]
 
     def section(title: str, entries: dict[str, Any]) -> None:
         if not entries:  # damaged; what is wrong with it follows
@@ -182,6 +183,7 @@ def render(facts: dict[str, Any]) -> str:
         "members",
         {name: f"{info['num_bytes']:>14}  {info.get('sha256', '')}" for name, info in facts.get("members", {}).items()},
     )
-    lines.append("\ndamage: none found" if not facts["damage"] else "\nDAMAGE")
+    unread = "" if "checksums" in (facts.get("weights") or {}) else "; the weights were not read, --verify does"
+    lines.append(f"\ndamage: none found{unread}" if not facts["damage"] else "\nDAMAGE")
     lines.extend(f"  {problem}" for problem in facts["damage"])
     return "\n".join(lines)

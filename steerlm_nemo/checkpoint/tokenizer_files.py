@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.tokenizer import load_sentencepiece
 
 SENTENCEPIECE, HUGGINGFACE = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -67,12 +68,7 @@ def sentencepiece_facts(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         InputError: the bytes are not a SentencePiece model.
     """
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except (RuntimeError, UnicodeDecodeError) as err:  # the latter while reporting a damaged piece
-        raise InputError(f"{where}: not a SentencePiece model ({err})") from err
+    model = load_sentencepiece(where, data)
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
     pieces = {name: model.id_to_piece(piece_id) if piece_id >= 0 else None for name, piece_id in ids.items()}
     return {"size": model.get_piece_size(), "bos_id": ids["bos"], "eos_id": ids["eos"], **pieces}

@@ -241,6 +241,8 @@ def clean_file(
                     ". Check the mask role, the labels and --seq_len."
                     if records.counts["filtered"]
                     else f". The first one: {records.first_rejected}"
+                    if records.first_rejected
+                    else ". The file is empty."
                 )
             )
     return findings

@@ -403,3 +403,28 @@ def test_bad_input_gets_one_message_and_no_traceback(value_port, chat_file, tmp_
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not output.exists()
+
+
+def test_what_another_input_has_done_is_not_thrown_away(value_port, chat_file, tmp_path):
+    source, _ = chat_file(3)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes(source.read_bytes() + b"{\n")
+    with pytest.raises(IncompleteError):
+        run(broken, tmp_path / "out.jsonl", value_port)
+    journal = tmp_path / "out.jsonl.progress.jsonl"
+    before = journal.read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(source.read_bytes().replace(b"User", b"user"))
+    with pytest.raises(InputError, match=r"holds 3 records of another input, and none of .*other\.jsonl"):
+        run(other, tmp_path / "out.jsonl", value_port)
+    assert journal.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", '{"text": "no chat"}\n'])
+def test_a_run_that_graded_nothing_is_no_success(value_port, tmp_path, content):
+    (tmp_path / "in.jsonl").write_text(content)
+    given = [f"--input_file_name={tmp_path}/in.jsonl", f"--output_file_name={tmp_path}/out.jsonl"]
+    result = command(*given, f"--port_num={value_port}", "--host=127.0.0.1", "--allow_rejected")
+    assert result.returncode == (3 if content else 2)
+    assert ("is this the right file?" if content else "in.jsonl: holds no record") in result.stderr
+    assert not (tmp_path / "out.jsonl").exists()

@@ -408,6 +408,29 @@ def test_an_export_onto_a_full_disk_leaves_no_folder(llama_nemo: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("script", ["convert_hf_llama_to_nemo", "convert_nemo_to_hf_llama"])
+def test_sigterm_leaves_nothing_behind(llama: Path, llama_nemo: Path, tmp_path: Path, script: str) -> None:
+    source = llama if script == "convert_hf_llama_to_nemo" else llama_nemo
+    # Stops itself in the middle of writing: whoever watches from outside is too slow for a file this small.
+    program = (
+        "import os, runpy, signal, sys; from steerlm_nemo.checkpoint.streaming import EagerFile\n"
+        "sync = EagerFile.sync\n"
+        "EagerFile.sync = lambda self: (sync(self), os.kill(os.getpid(), signal.SIGTERM))\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    arguments = [ROOT / "scripts" / f"{script}.py", "--in-file", source, "--out-file", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_tokenizer_is_no_tokenizer(llama: Path, tmp_path: Path) -> None:
+    folder = copy_with(llama, tmp_path, lambda tensors: None)
+    (folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(InputError, match=r"tokenizer\.model: not a SentencePiece model \(an empty file\)"):
+        plan_conversion(folder, None)
+
+
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
