@@ -18,6 +18,8 @@ class Flags(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse, but a misspelt flag is named before those that are missing for it."""
         for argument in sys.argv[1:] if args is None else args:
+            if argument == "--":  # what follows are no flags
+                break
             name = str(argument).partition("=")[0]
             if name.startswith("--") and len(name) > 2 and name not in self._option_string_actions:
                 near = difflib.get_close_matches(name, self._option_string_actions, n=1)

@@ -246,7 +246,7 @@ def _start_of_values(chunk: Chunk, dtype: str, open_file: Callable[[str], IO[byt
             if start + record.file_size > chunk.num_bytes:
                 return None
             return chunk.start + start + first * ITEM_SIZE[dtype]
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, IndexError, struct.error) as err:
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, struct.error, zipfile.BadZipFile) as err:
         raise CheckpointError(f"{name}: damaged ({type(err).__name__}: {str(err)[:200]})") from err
 
 

@@ -431,6 +431,14 @@ def test_an_empty_tokenizer_is_no_tokenizer(llama: Path, tmp_path: Path) -> None
         plan_conversion(folder, None)
 
 
+def test_a_damaged_record_beside_the_weights_is_a_message(llama_nemo: Path, tmp_path: Path) -> None:
+    data = llama_nemo.read_bytes()
+    (tmp_path / "changed.nemo").write_bytes(data.replace(b"archive/byteorderlittle", b"archive/byteorderlittlx", 1))
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: damaged \(BadZipFile"):
+        export_quietly(tmp_path / "changed.nemo", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path

@@ -28,7 +28,7 @@ def main() -> None:
     for name, settings in {
         # So small a cache that prefixes are evicted all the time.
         "reused": EngineSettings(max_batch_rows=64, max_step_tokens=256, kv_cache_gb=0.002, prefix_reuse=True),
-        "computed": EngineSettings(max_batch_rows=24, max_step_tokens=97, kv_cache_gb=0.02, prefix_reuse=False),
+        "computed": EngineSettings(max_batch_rows=24, max_step_tokens=37, kv_cache_gb=0.02, prefix_reuse=False),
     }.items():
         engine = MegatronEngine(loaded, "model", settings)
         if os.environ["RANK"] != "0":

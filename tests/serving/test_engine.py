@@ -25,7 +25,7 @@ TEXTS = (
     "She",
     "Ben had a big red ball. He",
 )
-NUM_TOKENS = 16
+NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")

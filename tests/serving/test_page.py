@@ -253,7 +253,7 @@ def test_text_is_shown_as_it_is_made(page: Page, endless: HFEngine) -> None:
         )
         page.set("#prompt", "Speak!")
         page.one("#prompt").send_keys(Keys.ENTER)
-        page.until(lambda: page.browser.execute_script("return seen.size") > 3)
+        page.until(lambda: page.browser.execute_script("return seen.size") > 5)
         page.press("Stop")
         page.settle()
         *partial, whole = (text for text in page.browser.execute_script("return [...seen]") if text)
