@@ -53,8 +53,9 @@ def boolean(text: str) -> bool:
 
 def main() -> None:
     args = parse_args()
-    from steerlm_nemo.annotation.annotate import AnnotationSettings, annotate
-    from steerlm_nemo.annotation.servers import ServerPool, parse_endpoints
+    from steerlm_nemo.annotation.annotate import annotate
+    from steerlm_nemo.annotation.thread import AnnotationSettings
+    from steerlm_nemo.client.pool import ServerPool, parse_endpoints
 
     settings = AnnotationSettings(
         turns=args.turns or ("all" if args.compat else "assistant"),

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
-    from steerlm_nemo.checkpoint.logits import logits_check
+    from steerlm_nemo.models.logits_check import logits_check
 
     if args.llama31 is not None:
         print("WARNING: --llama31 is ignored; rope scaling is what config.json says", file=sys.stderr)

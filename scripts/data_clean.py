@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steerlm_nemo.data.tokenizer_flags import (
+from steerlm_nemo.data.flags import (
     add_template_flags,
     add_tokenizer_flags,
     choose_template,

@@ -21,7 +21,7 @@ from steerlm_nemo.errors import InputError, exit_with_message
 from steerlm_nemo.flags import Flags
 
 if TYPE_CHECKING:
-    from steerlm_nemo.stages import Stage
+    from steerlm_nemo.pipeline.runner import Stage
 
 SCRIPTS = Path(__file__).resolve().parent
 
@@ -90,8 +90,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from steerlm_nemo.pipeline.runner import STATE_FILE, Flow
     from steerlm_nemo.records import require_file
-    from steerlm_nemo.stages import STATE_FILE, Flow
 
     if args.data is not None:
         require_file(args.data)
@@ -110,7 +110,7 @@ def main() -> None:
 
 def stages(args: argparse.Namespace) -> "Iterator[Stage]":
     """The flow in order. Every path a stage reads is an input, so a change upstream redoes what follows."""
-    from steerlm_nemo.stages import PORT, Stage
+    from steerlm_nemo.pipeline.runner import PORT, Stage
 
     sizes = TOY if args.data is None else GENUINE
     out: Path = args.output_dir
@@ -207,14 +207,14 @@ def clean_command(source: Path, target: Path, tokenizer: Path, seq_len: int) -> 
 
 
 def annotate_command(source: Path, target: Path, sizes: Sizes) -> list[str]:
-    from steerlm_nemo.stages import PORT
+    from steerlm_nemo.pipeline.runner import PORT
 
     flags = {"input_file_name": source, "output_file_name": target, "batch_size": sizes.annotate_batch_size}
     return [*script("attribute_annotate", host="127.0.0.1", port_num=PORT, **flags), *sizes.annotate_flags]
 
 
 def train_stage(name: str, config: str, base: Path, data: list[Path], overrides: tuple[str, ...], out: Path) -> "Stage":
-    from steerlm_nemo.stages import Stage
+    from steerlm_nemo.pipeline.runner import Stage
 
     train, val = data
     command = [
@@ -233,7 +233,7 @@ def trained(out: Path, name: str) -> Path:
 
 
 def server(model: Path) -> list[str]:
-    from steerlm_nemo.stages import PORT
+    from steerlm_nemo.pipeline.runner import PORT
 
     return [
         sys.executable, str(SCRIPTS / "megatron_gpt_eval.py"), f"gpt_model_file={model}", "server=True",

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerlm_nemo.data.tokenizer_flags import (
+from steerlm_nemo.data.flags import (
     add_template_flags,
     add_tokenizer_flags,
     choose_template,
@@ -44,11 +44,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    from steerlm_nemo.data.containers import require_source
     from steerlm_nemo.data.inspection import inspect_file
-    from steerlm_nemo.data.inspection_report import facts, html_report, text_report
     from steerlm_nemo.data.preprocessing import Options, load_schema
+    from steerlm_nemo.data.rows import require_source
     from steerlm_nemo.records import atomic_output
+    from steerlm_nemo.report.inspection import facts, html_report, text_report
 
     for name in args.files:
         require_source(name)

@@ -28,8 +28,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from steerlm_nemo.attributes import schema_named
-    from steerlm_nemo.data.tiny_llama import TinyLlama, train_tokenizer, tree_texts, write_random_llama
     from steerlm_nemo.records import read_records
+    from steerlm_nemo.toy.llama import TinyLlama, train_tokenizer, tree_texts, write_random_llama
 
     if args.vocab_size < 320 or args.vocab_size % 8:
         raise InputError(

@@ -23,8 +23,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from steerlm_nemo.data.toy_world import held_out_prompts, make_trees
     from steerlm_nemo.records import atomic_output, dump_record, write_bytes
+    from steerlm_nemo.toy.world import held_out_prompts, make_trees
 
     if args.num_trees < 1:
         raise InputError(f"--num_trees is {args.num_trees}; at least one tree is needed")

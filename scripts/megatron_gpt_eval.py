@@ -25,27 +25,27 @@ def main() -> None:
 
     from omegaconf import OmegaConf
 
+    from steerlm_nemo import ranks
     from steerlm_nemo.config import load_config, printable
-    from steerlm_nemo.serving import main as serving
-    from steerlm_nemo.training import launch
+    from steerlm_nemo.serving import process
 
     cfg = load_config([arg for arg in argv if arg != "--cfg"], default_name="megatron_gpt_inference")
     if OmegaConf.is_missing(cfg, "gpt_model_file"):
         raise ConfigError("gpt_model_file is not set; give the .nemo to serve: gpt_model_file=model.nemo")
-    serving.resolve(cfg)
+    process.resolve(cfg)
     if "--cfg" in argv:
         print(printable(cfg))
         return
-    if not launch.ranks_exist() and cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1:
+    if not ranks.ranks_exist() and cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1:
         if cfg.server:
-            from steerlm_nemo.serving.front import settings_from
-            from steerlm_nemo.serving.server import open_listener
+            from steerlm_nemo.serving.front_door import settings_from
+            from steerlm_nemo.serving.listener import open_listener
 
             settings_from(cfg.http)
             # A taken port is better learnt before the ranks start; rank 0 will warn if there is reason to.
             open_listener(cfg.port, cfg.host, has_token=True).close()
-        sys.exit(launch.launch_ranks(sys.argv, cfg.trainer.devices))
-    serving.run(cfg)
+        sys.exit(ranks.launch_ranks(sys.argv, cfg.trainer.devices))
+    process.run(cfg)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from steerlm_nemo.attributes import schema_named
-    from steerlm_nemo.evaluation.steering import first_prompts, plan, to_grade
+    from steerlm_nemo.evaluation.steering_curves import first_prompts, plan, to_grade
     from steerlm_nemo.records import atomic_output, dump_record, read_records
 
     if args.num_prompts < 1:

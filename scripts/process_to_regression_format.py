@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="print how often each grade occurs")
     args = parser.parse_args(argv)
 
-    from steerlm_nemo.data.attribute_statistics import AttributeStatistics
     from steerlm_nemo.data.regression import note_on, process_to_regression_format
+    from steerlm_nemo.data.statistics import AttributeStatistics
     from steerlm_nemo.records import Accounting
 
     records = Accounting.beside(args.output_file, strict=args.strict)

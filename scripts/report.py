@@ -40,10 +40,12 @@ def main() -> None:
     started = time.monotonic()
     args = parse_args()
     from steerlm_nemo.attributes import TOY6, schema_named
-    from steerlm_nemo.data.toy_world import read_attributes
-    from steerlm_nemo.evaluation import report, steering, value_model
+    from steerlm_nemo.evaluation import grading as value_model
+    from steerlm_nemo.evaluation import steering_curves as steering
     from steerlm_nemo.evaluation.losses import read_losses
     from steerlm_nemo.records import read_records
+    from steerlm_nemo.report import steerlm as report
+    from steerlm_nemo.toy.world import read_attributes
 
     schema = schema_named(args.schema)
     toy = args.responses_file is not None

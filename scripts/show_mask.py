@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from steerlm_nemo.data.tokenizer_flags import (
+from steerlm_nemo.data.flags import (
     add_template_flags,
     add_tokenizer_flags,
     choose_template,
@@ -37,8 +37,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    from steerlm_nemo.data.mask_view import html_page, terminal_text, views_of_lines
+    from steerlm_nemo.data.mask_view import views_of_lines
     from steerlm_nemo.records import atomic_output, require_file
+    from steerlm_nemo.report.mask import html_page, terminal_text
 
     require_file(args.dataset_file)
     for flag, values in (("seq_len", [args.seq_len]), ("line", args.line)):

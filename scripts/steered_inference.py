@@ -47,8 +47,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from steerlm_nemo.client.server import ServerClient
     from steerlm_nemo.conversation import SYSTEM_PROMPT
-    from steerlm_nemo.serving.client import ServerClient
     from steerlm_nemo.steering.steer import Sampling, parse_attributes, steer, steer_file
 
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None}

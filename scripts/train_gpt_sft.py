@@ -27,8 +27,9 @@ def main() -> None:
         print(__doc__)
         return
 
+    from steerlm_nemo import ranks
     from steerlm_nemo.config import load_config, printable
-    from steerlm_nemo.training import config, launch
+    from steerlm_nemo.training import config
     from steerlm_nemo.training.fingerprint import refuse_foreign_resume
 
     show_only = "--cfg" in argv
@@ -42,11 +43,11 @@ def main() -> None:
     base = check_nemo(cfg.model.restore_from_path)
     config.check(cfg, base)
     refuse_foreign_resume(cfg)
-    if launch.should_warn():
+    if ranks.should_warn():
         for warning in config.warnings(cfg, base):
             print(f"WARNING: {warning}", file=sys.stderr)
-    if not launch.ranks_exist() and cfg.trainer.num_nodes == 1 and cfg.trainer.devices > 1:
-        sys.exit(launch.launch_ranks(sys.argv, cfg.trainer.devices))
+    if not ranks.ranks_exist() and cfg.trainer.num_nodes == 1 and cfg.trainer.devices > 1:
+        sys.exit(ranks.launch_ranks(sys.argv, cfg.trainer.devices))
 
     from steerlm_nemo.training import sft
 

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from steerlm_nemo.attributes import AttributeSchema, digest_of
 from steerlm_nemo.conversation import TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, Turn
-from steerlm_nemo.errors import ConfigError, FormatMismatchError
+from steerlm_nemo.errors import ConfigError
 
 SYSTEM_ROLE = "System"
-FORMAT_VERSION = 1
 
 
 class Segment(NamedTuple):
@@ -173,6 +171,14 @@ class ChatTemplate:
         before = "".join(s.text for s in self.segments(asked) if s.turn < last)
         return before + self.turn_start + role + self.end_of_name + self.label_start + line + self.end_of_name
 
+    def response_text(self, completion: str) -> str:
+        """A completion without its end marker and the end of turn before it, as training closes a turn."""
+        for marker in (self.turn_start, self.label_start):
+            if completion.endswith(marker):
+                completion = completion.removesuffix(marker)
+                break
+        return completion.removesuffix(self.end_of_turn)
+
     def split(self, prompt: str) -> list[str]:
         """A prompt that arrives as text, cut where `segments` cuts: header, marker, name or label line, text.
 
@@ -225,59 +231,3 @@ _BEFORE_LABEL = ("turn_start", "name", "text")
 
 # What NeMo's own data_clean, annotator and tutorial client assume of every model.
 EXTRA_ID_TEMPLATE = ChatTemplate("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
-
-
-@dataclass(frozen=True)
-class SteerLMFormat:
-    """Template and attribute schema of a trained model: one versioned object kept in `model_config.yaml`.
-
-    `record_type` says what the model does: TEXT_TO_VALUE grades, VALUE_TO_TEXT responds at given grades.
-    """
-
-    template: ChatTemplate
-    schema: AttributeSchema
-    record_type: str
-
-    CONFIG_KEY = "steerlm"
-
-    def to_dict(self) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "version": FORMAT_VERSION,
-            "record_type": self.record_type,
-            "template": asdict(self.template),
-            "schema": self.schema.to_dict(),
-        }
-        return {**body, "digest": digest_of(body)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SteerLMFormat:
-        """Inverse of `to_dict`.
-
-        Raises:
-            FormatMismatchError: the version is unknown, a key is missing or the digest does not match the content.
-        """
-        try:
-            if data["version"] != FORMAT_VERSION:
-                raise FormatMismatchError(
-                    f"format version {data['version']!r} is not supported; this program reads version {FORMAT_VERSION}"
-                )
-            result = cls(
-                ChatTemplate(**data["template"]), AttributeSchema.from_dict(data["schema"]), data["record_type"]
-            )
-            if result.to_dict()["digest"] != data["digest"]:
-                raise FormatMismatchError(
-                    f"the format's content has digest {result.to_dict()['digest']}, but it says {data['digest']}: "
-                    "it was edited by hand. Restore it from the checkpoint."
-                )
-        except (KeyError, TypeError) as err:
-            raise FormatMismatchError(f"not a SteerLM format: {err}. Found keys: {sorted(data)}") from err
-        return result
-
-    def require_same(self, other: SteerLMFormat, ours: str, theirs: str) -> None:
-        """Raise FormatMismatchError, printing both sides, unless template and schema agree."""
-        if self.template != other.template or self.schema != other.schema:
-            raise FormatMismatchError(
-                f"{ours} and {theirs} disagree about markers or attributes.\n"
-                f"  {ours}: {self.template!r}, {self.schema.name}: {', '.join(self.schema.keys())}\n"
-                f"  {theirs}: {other.template!r}, {other.schema.name}: {', '.join(other.schema.keys())}"
-            )

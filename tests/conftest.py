@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,46 @@ def small_model(train_sentencepiece: Callable[..., Path], tmp_path_factory: pyte
 @pytest.fixture(scope="session")
 def small_tokenizer(small_model: Path) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(small_model)
+
+
+# --- what tests of clients, engine and server share; imported where it is used, as it brings torch ----------------
+
+
+@pytest.fixture(scope="session")
+def genuine_checkpoint(shared_data: Path) -> Path:
+    return shared_data / "tiny-llama-checkpoint"
+
+
+@pytest.fixture(scope="session")
+def value_engine() -> Any:
+    import live
+
+    return live.engine("TEXT_TO_VALUE")
+
+
+@pytest.fixture(scope="session")
+def value_port(value_engine: Any) -> Iterator[int]:
+    import live
+
+    with live.run_engine(value_engine) as port:
+        yield port
+
+
+@pytest.fixture
+def chat_file(tmp_path: Path) -> Callable[..., Any]:
+    """A maker of chat files; returns the path and the records."""
+    import tiny_world
+
+    def make(count: int, record_type: str = "VALUE_TO_TEXT", seed: int = 77) -> Any:
+        records = [tiny_world.record(c) for c in tiny_world.conversations(count, record_type, seed)]
+        path = tmp_path / "in.jsonl"
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        return path, records
+
+    return make
+
+
+@pytest.fixture
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerlm_nemo.client.server.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("steerlm_nemo.client.server.LONGEST_PAUSE_S", 0.2)

@@ -14,9 +14,9 @@ from repository import config_names, make_commands, missing_references
 from steerlm_nemo.checkpoint.llama_config import HFConfig, nemo_config
 from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles
 from steerlm_nemo.config import CONFIG_DIR, load_config
-from steerlm_nemo.data.tiny_llama import TinyLlama
 from steerlm_nemo.errors import ConfigError
-from steerlm_nemo.serving.main import resolve
+from steerlm_nemo.serving.process import resolve
+from steerlm_nemo.toy.llama import TinyLlama
 from steerlm_nemo.training import config as training_config
 
 CONFIGS = sorted(CONFIG_DIR.glob("*.yaml"))

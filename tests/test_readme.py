@@ -102,7 +102,7 @@ def test_the_flow_runs_as_printed(tmp_path: Path) -> None:
             json.loads(run(on_free_ports(command, ports), tmp_path, env)) for command in commands("sh server")
         )
         assert generated["sentences"][0].startswith("Hello")
-        assert served["record_type"] == "VALUE_TO_TEXT"
+        assert served["kind"] == "steerlm"
         assert chat["choices"][0]["message"]["role"] == "assistant"
         assert graded["model"] and graded["model"] != served["identity"]
         grades = graded["conversations"][0]["messages"][1]["attributes"]

@@ -1,16 +1,15 @@
 """The text, the tokens and the loss of a conversation. In worked examples, text between [[ and ]] is in the loss."""
 
-import json
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG, Attributes
+from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.conversation import TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, RecordRef, Turn
-from steerlm_nemo.errors import ConfigError, FormatMismatchError
-from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate, SteerLMFormat
+from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 REF = RecordRef("train.jsonl", 1)
@@ -237,29 +236,3 @@ def test_text_markers_are_taken_as_they_are():
 def test_unusable_markers_are_refused(tokens, message):
     with pytest.raises(ConfigError, match=message):
         ChatTemplate.from_config(tokens)
-
-
-FORMAT = SteerLMFormat(TEMPLATE, NEMO12_LANG, VALUE_TO_TEXT)
-
-
-def test_a_format_survives_json():
-    assert SteerLMFormat.from_dict(json.loads(json.dumps(FORMAT.to_dict()))) == FORMAT
-
-
-def test_a_format_edited_by_hand_is_refused():
-    edited = FORMAT.to_dict()
-    edited["template"] = {**edited["template"], "turn_start": "<a>"}
-    with pytest.raises(FormatMismatchError, match="edited by hand"):
-        SteerLMFormat.from_dict(edited)
-    with pytest.raises(FormatMismatchError, match="version 2"):
-        SteerLMFormat.from_dict({**FORMAT.to_dict(), "version": 2})
-    with pytest.raises(FormatMismatchError, match="not a SteerLM format"):
-        SteerLMFormat.from_dict({"version": 1})
-
-
-def test_two_sides_that_disagree_are_both_shown():
-    FORMAT.require_same(SteerLMFormat(TEMPLATE, NEMO12_LANG, TEXT_TO_VALUE), "client", "server")
-    with pytest.raises(FormatMismatchError) as caught:
-        FORMAT.require_same(SteerLMFormat(EXTRA_ID_TEMPLATE, HELPSTEER5, VALUE_TO_TEXT), "client", "server")
-    assert "client: " in str(caught.value) and "nemo12+lang" in str(caught.value)
-    assert "server: " in str(caught.value) and "helpsteer5" in str(caught.value)

@@ -29,15 +29,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
+from steerlm_nemo.checkpoint.pickles import Slice, load_torch_file
 from steerlm_nemo.checkpoint.safety import (
     CONFIG_NAME,
     ZARR_ARRAY,
-    Slice,
     check_config,
     check_directory,
     is_index,
     is_pickle_file,
-    load_torch_file,
     parse_config,
     zarr_array,
 )

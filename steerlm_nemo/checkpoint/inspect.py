@@ -20,7 +20,7 @@ from steerlm_nemo.checkpoint.tokenizer_files import sentencepiece_facts, tokeniz
 from steerlm_nemo.checkpoint.torch_dist import changed_chunks
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import SteerLMError
-from steerlm_nemo.template import SteerLMFormat
+from steerlm_nemo.model_kind import SteerLMFormat
 
 _ARCHITECTURE_KEYS = (
     *("target", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
@@ -163,7 +163,7 @@ def render(facts: dict[str, Any]) -> str:
         section(
             "SteerLM format",
             {
-                "record type": steerlm["record_type"],
+                "kind": steerlm.get("kind") or steerlm["record_type"],  # version 1 had the latter
                 "schema": f"{schema['name']}  {ranges}",
                 "languages": len(schema["languages"]),
                 **markers,

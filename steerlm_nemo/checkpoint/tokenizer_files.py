@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerlm_nemo.errors import InputError
-from steerlm_nemo.tokenizer import load_sentencepiece
+from steerlm_nemo.checkpoint.archive import NemoFile
+from steerlm_nemo.errors import CheckpointError, InputError
+from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_sentencepiece
 
 SENTENCEPIECE, HUGGINGFACE = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -91,3 +92,30 @@ def localise_tokenizer(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if tokenizer.get("type") != f"nemo:{HUGGINGFACE}":
         return config
     return {**config, "tokenizer": {**tokenizer, "type": str(folder)}}
+
+
+def load_tokenizer(nemo: NemoFile) -> SentencePieceTokenizer | HuggingFaceTokenizer:
+    """The tokenizer that `model_config.yaml` names, whether packed in the archive or lying outside.
+
+    Raises:
+        CheckpointError: the config names none.
+        InputError: the files it names are no tokenizer.
+    """
+    config = nemo.config.get("tokenizer") or {}
+    if config.get("library") == "sentencepiece":
+        packed = nemo.resolve(config.get("model"))
+        return SentencePieceTokenizer(nemo.dir / packed if packed else str(config.get("model")))
+    if config.get("library") == "huggingface":
+        # The folder, not the file: tokenizer_config.json beside it says which tokens begin and end a text.
+        packed = nemo.resolve(config.get("type"))
+        return HuggingFaceTokenizer(nemo.dir if packed else str(config.get("type")))
+    raise CheckpointError(f"{nemo.path}: model_config.yaml names no tokenizer (tokenizer.library: {config!r})")
+
+
+def read_artifacts(nemo: NemoFile) -> dict[str, bytes]:
+    """Every member beside config and weights, by name: what a fine-tuned copy must carry on."""
+    return {
+        name: nemo.read(name)
+        for name in nemo.members
+        if name != "model_config.yaml" and "/" not in name and not name.startswith("model_weights")
+    }

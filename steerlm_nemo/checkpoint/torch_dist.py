@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from steerlm_nemo.checkpoint.pickles import Inert, Slice, load_inert, load_torch_file
 from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE
-from steerlm_nemo.checkpoint.safety import Inert, Slice, load_inert, load_torch_file
 from steerlm_nemo.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import yaml
 from steerlm_nemo.checkpoint.archive import read_config
 from steerlm_nemo.conversation import Conversation, RecordRef
 from steerlm_nemo.errors import ConfigError, IncompleteError, InputError, RecordError
-from steerlm_nemo.parallel import in_order
+from steerlm_nemo.model_kind import SteerLMFormat
 from steerlm_nemo.records import (
     Accounting,
     RawLine,
@@ -30,7 +30,8 @@ from steerlm_nemo.records import (
     require_file,
     require_other_file,
 )
-from steerlm_nemo.template import ChatTemplate, Rendered, SteerLMFormat, Tokenizer
+from steerlm_nemo.template import ChatTemplate, Rendered, Tokenizer
+from steerlm_nemo.workers import in_order
 
 # Why a readable record is left out. The first two are exceptions in the reference, the third is its `removed`.
 NO_MASK_ROLE = "no turn is by the mask role"

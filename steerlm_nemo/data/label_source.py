@@ -21,11 +21,11 @@ from typing import Any
 
 from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
 from steerlm_nemo.conversation import RecordRef, Turn
-from steerlm_nemo.data.chat import conversations
-from steerlm_nemo.data.containers import Lines, require_source
-from steerlm_nemo.data.formats import CHAT, OASST_MESSAGES, OASST_TREES, format_of
-from steerlm_nemo.data.oasst import grades
-from steerlm_nemo.data.oasst_messages import with_label_map
+from steerlm_nemo.data.rows import Lines, require_source
+from steerlm_nemo.data.sources.chat import conversations
+from steerlm_nemo.data.sources.formats import CHAT, OASST_MESSAGES, OASST_TREES, format_of
+from steerlm_nemo.data.sources.oasst import grades
+from steerlm_nemo.data.sources.oasst_messages import with_label_map
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import open_bytes
 

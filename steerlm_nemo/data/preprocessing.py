@@ -35,12 +35,12 @@ from steerlm_nemo.conversation import (
     RecordRef,
     RecordType,
 )
-from steerlm_nemo.data.containers import Lines, require_source
-from steerlm_nemo.data.formats import CHAT, OASST_MESSAGES, OASST_TREES, Format, format_named, format_of
 from steerlm_nemo.data.label_source import LabelSource, completed, said_so_far
-from steerlm_nemo.data.oasst import Message, paths
-from steerlm_nemo.data.oasst_messages import MessageTrees
-from steerlm_nemo.data.samples import Sample
+from steerlm_nemo.data.rows import Lines, require_source
+from steerlm_nemo.data.sources.adapter import Sample
+from steerlm_nemo.data.sources.formats import CHAT, OASST_MESSAGES, OASST_TREES, Format, format_named, format_of
+from steerlm_nemo.data.sources.oasst import Message, paths
+from steerlm_nemo.data.sources.oasst_messages import MessageTrees
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, require_file, require_other_file
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from steerlm_nemo.attributes import COMBINED9, LANG
 from steerlm_nemo.conversation import ASSISTANT, USER, RecordRef
-from steerlm_nemo.data.attribute_statistics import AttributeStatistics
-from steerlm_nemo.data.helpsteer import ALIGNER_SYSTEM_PROMPT
+from steerlm_nemo.data.sources.helpsteer import ALIGNER_SYSTEM_PROMPT
+from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
 

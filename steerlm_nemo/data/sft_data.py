@@ -17,7 +17,7 @@ from typing import Any
 
 from steerlm_nemo.attributes import LANG
 from steerlm_nemo.conversation import ASSISTANT, USER, VALUE_TO_TEXT, Conversation, Turn
-from steerlm_nemo.data.attribute_statistics import AttributeStatistics
+from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
 

@@ -14,21 +14,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from steerlm_nemo.attributes import Attributes
-from steerlm_nemo.conversation import (
-    ASSISTANT,
-    SYSTEM_PROMPT,
-    USER,
-    VALUE_TO_TEXT,
-    Conversation,
-    RecordRef,
-    Turn,
-)
+from steerlm_nemo.client.server import ServerClient
+from steerlm_nemo.conversation import SYSTEM_PROMPT
 from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.messages import conversation_of
+from steerlm_nemo.model_kind import CHAT, SteerLMFormat
 from steerlm_nemo.records import atomic_output, dump_record, read_records
-from steerlm_nemo.serving.client import ServerClient
-from steerlm_nemo.template import SteerLMFormat
-
-ROLES = {"user": USER, "assistant": ASSISTANT}
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ def steer(
         ServerError: the server is down, timed out or answered with an error.
     """
     client = connect(endpoint)
-    served = client.require_format(VALUE_TO_TEXT)
+    served = client.require_format(CHAT)
     return respond(client, served, [(messages, attributes, system)], sampling or Sampling())[0]
 
 
@@ -108,13 +99,13 @@ def respond(
     """Responses to several (messages, attributes, system), asked for in one HTTP request."""
     lines = [served.schema.complete(attributes) for _, attributes, _ in requests]
     prompts = [
-        steering_prompt(messages, line, served, system)
+        served.steering_prompt(conversation_of(messages, line, served.schema, system), line)
         for (messages, _, system), line in zip(requests, lines, strict=True)
     ]
     markers = [served.template.turn_start, served.template.label_start]
     generation = client.generate(prompts, end_strings=markers, **sampling.body())
     return [
-        SteeredResponse(response_text(completion, served), line, prompt)
+        SteeredResponse(served.template.response_text(completion), line, prompt)
         for completion, line, prompt in zip(generation.completions, lines, prompts, strict=True)
     ]
 
@@ -143,13 +134,13 @@ def steer_file(
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
     records = list(read_records(input_file))
     client = connect(endpoint)
-    served = client.require_format(VALUE_TO_TEXT)
+    served = client.require_format(CHAT)
     requests = []
     for ref, record in records:
         try:
             requests.append(_request(record, attributes, system))
             messages, wanted, own_system = requests[-1]
-            conversation_of(messages, served.schema.complete(wanted), served, own_system)
+            conversation_of(messages, served.schema.complete(wanted), served.schema, own_system)
         except InputError as err:
             raise RecordError(f"{ref}: {err}") from err
     with atomic_output(output_file) as file, tqdm(total=len(records), unit="record", desc="steer") as progress:
@@ -171,54 +162,6 @@ def _request(record: Mapping[str, object], attributes: Mapping[str, int | str], 
     if not isinstance(own_attributes, Mapping) or not isinstance(own_system, str):
         raise InputError("'attributes' must be an object such as {\"quality\": 4}, and 'system' a string")
     return messages, {**attributes, **own_attributes}, own_system
-
-
-def steering_prompt(
-    messages: str | Sequence[Mapping[str, object]], line: Attributes, served: SteerLMFormat, system: str
-) -> str:
-    """Text after which the model responds to `messages` at `line`. Raises InputError if they are malformed."""
-    return served.template.steering_prompt(conversation_of(messages, line, served, system), ASSISTANT, line.line)
-
-
-def response_text(completion: str, served: SteerLMFormat) -> str:
-    """A completion without its end marker and the end of turn before it: the inverse of how training closes a turn."""
-    template = served.template
-    for marker in (template.turn_start, template.label_start):
-        if completion.endswith(marker):
-            completion = completion.removesuffix(marker)
-            break
-    return completion.removesuffix(template.end_of_turn)
-
-
-def conversation_of(
-    messages: str | Sequence[Mapping[str, object]], line: Attributes, served: SteerLMFormat, system: str
-) -> Conversation:
-    """The history a response is asked for, in training's own type."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if not messages:
-        raise InputError("messages is empty; it must end with a user message")
-    turns = []
-    for index, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(content, str):
-            raise InputError(f"message {index}: 'content' must be a string, found {content!r}")
-        if role == "system" and index == 0:
-            system = content
-        elif role == "user":
-            turns.append(Turn(USER, content))
-        elif role == "assistant":
-            own = message.get("attributes")
-            if own is not None and not isinstance(own, Mapping):
-                raise InputError(f"message {index}: 'attributes' must be an object such as {{'quality': 4}}")
-            turns.append(Turn(ASSISTANT, content, line if own is None else served.schema.complete(own)))
-        else:
-            raise InputError(
-                f"message {index}: role {role!r} is not known here; use user and assistant (system for the first only)"
-            )
-    if not turns or turns[-1].role != USER:
-        raise InputError("the last message must be the user's; the model writes the assistant's")
-    return Conversation(system, tuple(turns), RecordRef("messages", 1), VALUE_TO_TEXT)
 
 
 def parse_attributes(text: str) -> dict[str, int | str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import shutil
 import signal
@@ -21,15 +20,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config, write_nemo
 from steerlm_nemo.checkpoint.safety import check_directory
-from steerlm_nemo.checkpoint.tokenizer_files import localise_tokenizer
-from steerlm_nemo.checkpoint.tokenizers import load_tokenizer, read_artifacts
+from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer, localise_tokenizer, read_artifacts
 from steerlm_nemo.compat import prepare, quiet_logs
 from steerlm_nemo.config import printable
 from steerlm_nemo.errors import CheckpointError, ConfigError, SteerLMError
-from steerlm_nemo.template import SteerLMFormat
+from steerlm_nemo.model_kind import SteerLMFormat, kind_trained_on
 from steerlm_nemo.training import config as training_config
 from steerlm_nemo.training.batching import grouped_by_length, padding_share
-from steerlm_nemo.training.dataset import ChatDataset
+from steerlm_nemo.training.datasets.chat import ChatDataset
 from steerlm_nemo.training.fingerprint import file_identity, fingerprint
 
 EXIT_STOPPED_EARLY = 75  # EX_TEMPFAIL: the same command goes on where this one stopped; Slurm scripts requeue on it
@@ -242,7 +240,7 @@ def _load_data(cfg: DictConfig, tokenizer: Any, is_first: bool) -> tuple[ChatDat
     train, val = datasets
     if train.record_type != val.record_type:
         raise ConfigError(f"training records are {train.record_type}, validation records {val.record_type}")
-    return train, val, SteerLMFormat(template, training_config.read_schema(cfg), str(train.record_type))
+    return train, val, SteerLMFormat(template, training_config.read_schema(cfg), kind_trained_on(train.record_type))
 
 
 def _padding_line(dataset: ChatDataset, ds: DictConfig, seed: int) -> str:
@@ -381,12 +379,3 @@ def _provenance(cfg: DictConfig) -> dict[str, Any]:
         "train_file": file_identity(cfg.model.data.train_ds.file_path),
         "seed": cfg.model.seed,
     }
-
-
-def require_finite(loss: float, step: int) -> None:
-    """Raise SteerLMError at the first loss that is not a number: every later step would be one too."""
-    if not math.isfinite(loss):
-        raise SteerLMError(
-            f"the loss is {loss} at step {step}. Lower model.optim.lr, or use trainer.precision=32; the last "
-            "checkpoint is intact"
-        )

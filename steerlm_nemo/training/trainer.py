@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,8 +12,8 @@ from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.data.nlp.builders import MegatronPretrainingRandomBatchSampler
 from nemo_aligner.utils.distributed import Timer
 
+from steerlm_nemo.errors import SteerLMError
 from steerlm_nemo.training.batching import grouped_by_length
-from steerlm_nemo.training.sft import require_finite
 
 
 class RunTimer(Timer):
@@ -61,3 +62,12 @@ class SFTTrainer(SupervisedTrainer):
         from nemo_aligner.utils import parallel_state
 
         return parallel_state.get_data_parallel_world_size()
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Raise SteerLMError at the first loss that is not a number: every later step would be one too."""
+    if not math.isfinite(loss):
+        raise SteerLMError(
+            f"the loss is {loss} at step {step}. Lower model.optim.lr, or use trainer.precision=32; the last "
+            "checkpoint is intact"
+        )

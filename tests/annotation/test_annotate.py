@@ -13,11 +13,13 @@ import pytest
 import tiny_world
 from hf_engine import HFEngine
 
-from steerlm_nemo.annotation.annotate import AnnotationSettings, annotate, labelled
-from steerlm_nemo.annotation.servers import ServerPool
+from steerlm_nemo.annotation.annotate import annotate
+from steerlm_nemo.annotation.thread import AnnotationSettings, labelled
 from steerlm_nemo.attributes import Attributes
+from steerlm_nemo.client.pool import ServerPool
+from steerlm_nemo.engine.protocol import Failed
 from steerlm_nemo.errors import IncompleteError, InputError
-from steerlm_nemo.serving.sampling import Failed
+from steerlm_nemo.model_kind import STEERLM
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "attribute_annotate.py"
 
@@ -328,7 +330,7 @@ def test_a_poisoned_record_costs_its_batch_nothing(value_engine, chat_file, tmp_
 
 def test_a_steerlm_model_is_refused(value_engine, chat_file, tmp_path):
     source, _ = chat_file(1)
-    served = replace(value_engine.info.format, record_type="VALUE_TO_TEXT")
+    served = replace(value_engine.info.format, kind=STEERLM)
     steerlm_engine = HFEngine(value_engine.model, value_engine.info.tokenizer, served, "steerlm")
     with (
         live.run_engine(steerlm_engine) as port,

@@ -7,9 +7,10 @@ import live
 import pytest
 import tiny_world
 
-from steerlm_nemo.annotation.annotate import AnnotationSettings, annotate
-from steerlm_nemo.annotation.servers import ServerPool
+from steerlm_nemo.annotation.annotate import annotate
+from steerlm_nemo.annotation.thread import AnnotationSettings
 from steerlm_nemo.attributes import Attributes
+from steerlm_nemo.client.pool import ServerPool
 
 
 def post(port, **body):

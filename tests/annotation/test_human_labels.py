@@ -7,9 +7,10 @@ import pytest
 import stub_server
 import threads
 
-from steerlm_nemo.annotation.annotate import AnnotationSettings, annotate
-from steerlm_nemo.annotation.servers import ServerPool
+from steerlm_nemo.annotation.annotate import annotate
+from steerlm_nemo.annotation.thread import AnnotationSettings
 from steerlm_nemo.attributes import Attributes
+from steerlm_nemo.client.pool import ServerPool
 from steerlm_nemo.errors import IncompleteError, InputError
 
 SYSTEM = "A chat between two.\n\n"

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.conversation import SYSTEM_PROMPT, TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, RecordRef, Turn
-from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate, SteerLMFormat
+from steerlm_nemo.model_kind import STEERLM, SteerLMFormat
+from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 LINE = NEMO12_LANG.complete({"quality": 3})
@@ -41,15 +42,15 @@ def conversation(record_type, system, contents):
 
 def steering_prompt_of_last(template, whole):
     """The prompt our client sends for the last turn of a training conversation."""
-    from steerlm_nemo.steering.steer import conversation_of
+    from steerlm_nemo.messages import conversation_of
 
     messages = [
         {"role": turn.role.lower(), "content": turn.text}
         | ({"attributes": turn.attributes.as_dict()} if turn.attributes else {})
         for turn in whole.turns[:-1]
     ]
-    served = SteerLMFormat(template, NEMO12_LANG, VALUE_TO_TEXT)
-    history = conversation_of(messages, LINE, served, whole.system)
+    served = SteerLMFormat(template, NEMO12_LANG, STEERLM)
+    history = conversation_of(messages, LINE, served.schema, whole.system)
     return template.steering_prompt(history, "Assistant", LINE.line)
 
 

@@ -162,10 +162,10 @@ def serve(port: int) -> None:
     import uvicorn
 
     from steerlm_nemo.attributes import NEMO12_LANG
-    from steerlm_nemo.conversation import TEXT_TO_VALUE
-    from steerlm_nemo.template import ChatTemplate, SteerLMFormat
+    from steerlm_nemo.model_kind import GRADER, SteerLMFormat
+    from steerlm_nemo.template import ChatTemplate
 
-    served = SteerLMFormat(ChatTemplate(), NEMO12_LANG, TEXT_TO_VALUE).to_dict() | {"identity": "none"}
+    served = SteerLMFormat(ChatTemplate(), NEMO12_LANG, GRADER).to_dict() | {"identity": "none"}
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

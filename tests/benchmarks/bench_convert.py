@@ -22,7 +22,7 @@ from pathlib import Path
 
 from side_by_side import Contestant, Run, in_turns, measured_process, report, timed
 
-from steerlm_nemo.data.tiny_llama import TinyLlama
+from steerlm_nemo.toy.llama import TinyLlama
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERT, EXPORT = (ROOT / "scripts" / name for name in ("convert_hf_llama_to_nemo.py", "convert_nemo_to_hf_llama.py"))

@@ -267,9 +267,10 @@ def make_model(folder: Path) -> list[Any]:
 
     from steerlm_nemo.attributes import schema_named
     from steerlm_nemo.conversation import Conversation
-    from steerlm_nemo.data.tiny_llama import TinyLlama, train_tokenizer, tree_texts, write_random_llama
+    from steerlm_nemo.model_kind import GRADER, SteerLMFormat
     from steerlm_nemo.records import read_records
-    from steerlm_nemo.template import ChatTemplate, SteerLMFormat
+    from steerlm_nemo.template import ChatTemplate
+    from steerlm_nemo.toy.llama import TinyLlama, train_tokenizer, tree_texts, write_random_llama
 
     call("make_toy_world.py", "--output_dir", folder, "--num_trees", NUM_TREES)
     trees = folder / "trees.jsonl.gz"
@@ -317,14 +318,14 @@ def make_model(folder: Path) -> list[Any]:
     (folder / "model").mkdir()
     subprocess.run(["tar", "-xf", folder / "plain.nemo", "-C", folder / "model"], check=True)
     config = folder / "model/model_config.yaml"
-    served = SteerLMFormat(ChatTemplate(), schema, "TEXT_TO_VALUE").to_dict()
+    served = SteerLMFormat(ChatTemplate(), schema, GRADER).to_dict()
     config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), SteerLMFormat.CONFIG_KEY: served}))
     return [conversation for conversation in held_out if len(conversation_ids(conversation, folder)) < CONTEXT - 1]
 
 
 def serve_nemo(model_path: str, port: int) -> None:
     """NeMo's `MegatronServer` on the same weights, as its megatron_gpt_eval.py starts it."""
-    from steerlm_nemo.serving.loading import load_for_inference
+    from steerlm_nemo.models.loading import load_for_inference
 
     loaded = load_for_inference(model_path)
     from nemo.collections.nlp.modules.common.text_generation_server import MegatronServer
@@ -346,10 +347,10 @@ def measure_inside(model_path: str) -> None:
     grading `prompts`, first responses first; or our engine on prompts to `generate` from, 16 rows at a time."""
     import torch
 
-    from steerlm_nemo.serving.engine import EngineSettings, MegatronEngine
-    from steerlm_nemo.serving.lines import line_samples
-    from steerlm_nemo.serving.loading import load_for_inference
-    from steerlm_nemo.serving.sampling import Sample, complete
+    from steerlm_nemo.engine.megatron import EngineSettings, MegatronEngine
+    from steerlm_nemo.engine.protocol import Sample, complete
+    from steerlm_nemo.models.loading import load_for_inference
+    from steerlm_nemo.serving.attribute_lines import line_samples
 
     loaded = load_for_inference(model_path)
     # NeMo's own forward pass must not see the engine, which gives attention its other way through only when asked to.

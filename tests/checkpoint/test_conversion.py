@@ -293,7 +293,7 @@ def test_a_tokenizer_json_is_packed_and_found_again(llama: Path, tmp_path: Path)
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer
 
-    from steerlm_nemo.checkpoint.tokenizers import load_tokenizer
+    from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer
 
     folder = copy_with(llama, tmp_path, lambda tensors: None)
     (folder / "tokenizer.model").unlink()
@@ -487,7 +487,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_result_or_none(
     bystander.write_bytes(b"somebody else's")
     subprocess.run(
         [sys.executable, "-c", KILLER, direction, source, out, kept],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"},
         check=True,
     )
     results = list(kept.iterdir())

@@ -18,8 +18,8 @@ from llamas import ROOT
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, write_nemo
 from steerlm_nemo.checkpoint.inspect import inspect_nemo
-from steerlm_nemo.conversation import TEXT_TO_VALUE
-from steerlm_nemo.template import EXTRA_ID_TEMPLATE, SteerLMFormat
+from steerlm_nemo.model_kind import GRADER, SteerLMFormat
+from steerlm_nemo.template import EXTRA_ID_TEMPLATE
 
 
 def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -46,14 +46,14 @@ def test_a_sound_file_is_described(llama_nemo: Path) -> None:
 def test_the_format_and_origin_of_a_trained_model_are_shown(llama_nemo: Path, tmp_path: Path) -> None:
     staged = extract_nemo(llama_nemo, tmp_path / "staged")
     config = yaml.safe_load((staged / "model_config.yaml").read_text())
-    stored = SteerLMFormat(EXTRA_ID_TEMPLATE, NEMO12_LANG, TEXT_TO_VALUE).to_dict()
+    stored = SteerLMFormat(EXTRA_ID_TEMPLATE, NEMO12_LANG, GRADER).to_dict()
     config |= {"steerlm": stored, "steerlm_provenance": {"base": "llama.nemo", "seed": 1234}}
     (staged / "model_config.yaml").write_text(yaml.safe_dump(config))
     write_nemo(staged, tmp_path / "value.nemo")
     facts = inspect_nemo(tmp_path / "value.nemo", verify=False)
     assert facts["damage"] == [] and facts["steerlm"] == stored
     shown = run(tmp_path / "value.nemo").stdout
-    for text in ("TEXT_TO_VALUE", "nemo12+lang", "quality:0-4", "<extra_id_1>", stored["digest"], "llama.nemo"):
+    for text in ("grader", "nemo12+lang", "quality:0-4", "<extra_id_1>", stored["digest"], "llama.nemo"):
         assert text in shown
 
 

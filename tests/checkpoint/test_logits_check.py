@@ -13,13 +13,14 @@ import httpx
 import pytest
 from llamas import ROOT, MakeLlama, convert_quietly, export_quietly
 
-from steerlm_nemo.checkpoint import logits, mapping
+from steerlm_nemo.checkpoint import mapping
 from steerlm_nemo.checkpoint.archive import read_config
 from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
-from steerlm_nemo.checkpoint.logits import Agreement, logits_check, reason_to_skip
 from steerlm_nemo.compat import capabilities
 from steerlm_nemo.errors import CheckpointError
-from steerlm_nemo.training.launch import die_with_parent
+from steerlm_nemo.models import logits_check as logits
+from steerlm_nemo.models.logits_check import Agreement, logits_check, reason_to_skip
+from steerlm_nemo.ranks import die_with_parent
 
 STACK = "needs the training stack: nemo_toolkit, megatron-core, nemo-aligner"
 
@@ -130,7 +131,7 @@ def test_a_model_with_a_tokenizer_json_round_trips_and_is_served_as_transformers
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     generated = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)[0]
 
-    from steerlm_nemo.serving.server import open_listener
+    from steerlm_nemo.serving.listener import open_listener
 
     with open_listener(0) as free:
         port = free.getsockname()[1]

@@ -16,19 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import LLAMA3_ROPE, MakeLlama, convert_quietly, export_quietly
+from llamas import LLAMA3_ROPE, ROOT, MakeLlama, convert_quietly, export_quietly
 from safetensors.torch import load_file, save_file
 
 from steerlm_nemo.checkpoint import mapping
 from steerlm_nemo.checkpoint.archive import check_nemo, extract_nemo, open_nemo, write_nemo
 from steerlm_nemo.checkpoint.inspect import inspect_nemo
 from steerlm_nemo.checkpoint.weights import DistributedWeights
-from steerlm_nemo.training.launch import launch_ranks
+from steerlm_nemo.ranks import launch_ranks
 
 pytest.importorskip("nemo", reason="needs the training stack: nemo_toolkit, megatron-core, nemo-aligner")
 
-WORKER = Path(__file__).with_name("parity_worker.py")
-STOCK_WORKER = Path(__file__).with_name("stock_worker.py")
+WORKER = ROOT / "tests/support/parity_worker.py"
+STOCK_WORKER = ROOT / "tests/support/stock_worker.py"
 TOLERANCE = 1e-4
 LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
 CASES: dict[str, dict[str, Any]] = {

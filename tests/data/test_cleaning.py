@@ -18,8 +18,9 @@ from steerlm_nemo.data.cleaning import (
     template_from,
 )
 from steerlm_nemo.errors import CheckpointError, ConfigError, IncompleteError, InputError, RecordError
+from steerlm_nemo.model_kind import STEERLM, SteerLMFormat
 from steerlm_nemo.records import Accounting, dump_record
-from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate, SteerLMFormat
+from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "data_clean.py"
@@ -237,7 +238,7 @@ def test_the_report_has_the_counts_and_the_template(tmp_path, small_tokenizer):
 # --- where the markers come from ---
 
 TEXT_MARKERS = ChatTemplate("<s0>", "<t1>", "<l2>")
-FORMAT_YAML = json.dumps({"steerlm": SteerLMFormat(TEXT_MARKERS, NEMO12_LANG, VALUE_TO_TEXT).to_dict()})
+FORMAT_YAML = json.dumps({"steerlm": SteerLMFormat(TEXT_MARKERS, NEMO12_LANG, STEERLM).to_dict()})
 TOKENS_YAML = "data: {chat_prompt_tokens: {system_turn_start: <s0>, turn_start: <t1>, label_start: <l2>}}"
 
 

@@ -18,10 +18,10 @@ from steerlm_nemo.attributes import HELPSTEER5, Attributes
 from steerlm_nemo.data import inspection
 from steerlm_nemo.data.cleaning import TARGET_BEYOND, Cleaner, clean_file
 from steerlm_nemo.data.inspection import Grades, inspect_file, leakage, percentile
-from steerlm_nemo.data.inspection_report import facts, html_report, text_report
 from steerlm_nemo.data.preprocessing import Options, preprocess
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.records import Accounting, dump_record
+from steerlm_nemo.report.inspection import facts, html_report, text_report
 from steerlm_nemo.template import ChatTemplate
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_data.py"

@@ -12,10 +12,11 @@ from trees import malformed_lines, simple_tree
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.data.cleaning import Cleaner, clean_file
 from steerlm_nemo.data.inspection import inspect_file
-from steerlm_nemo.data.mask_view import terminal_text, views_of_lines
+from steerlm_nemo.data.mask_view import views_of_lines
 from steerlm_nemo.data.preprocessing import Options, preprocess
 from steerlm_nemo.errors import RecordError
 from steerlm_nemo.records import Accounting, dump_record
+from steerlm_nemo.report.mask import terminal_text
 from steerlm_nemo.template import ChatTemplate
 
 NUM_OF_EACH = 3

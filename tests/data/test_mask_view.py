@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from steerlm_nemo.attributes import NEMO12_LANG
-from steerlm_nemo.data.mask_view import CUT, TARGET, html_page, terminal_text, views_of_lines, visible
+from steerlm_nemo.data.mask_view import CUT, TARGET, views_of_lines, visible
 from steerlm_nemo.data.preprocessing import Options, preprocess
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting, dump_record
+from steerlm_nemo.report.mask import html_page, terminal_text
 from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
@@ -73,7 +74,7 @@ def test_the_cut_is_where_training_cuts(tmp_path, small_tokenizer):
 
 @pytest.mark.parametrize("seq_len", [200, 4096])
 def test_genuine_records_are_shown_as_the_training_dataset_holds_them(tmp_path, shared_data, llama2_model, seq_len):
-    from steerlm_nemo.training.dataset import ChatDataset
+    from steerlm_nemo.training.datasets.chat import ChatDataset
 
     source = tmp_path / "out_train.jsonl"
     trees = shared_data / "oasst-unlabelled-trees" / "trees.jsonl.gz"

@@ -12,8 +12,8 @@ from trees import labels, simple_tree
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.conversation import RECORD_TYPES, SYSTEM_PROMPT
-from steerlm_nemo.data.containers import Lines
 from steerlm_nemo.data.preprocessing import Filters, Options, load_schema, preprocess, shuffled_order
+from steerlm_nemo.data.rows import Lines
 from steerlm_nemo.errors import FormatMismatchError, InputError, RecordError
 from steerlm_nemo.records import Accounting
 
@@ -415,7 +415,7 @@ SHAPES = {
 def test_a_whole_run_takes_no_more_memory_for_more_text(tmp_path, monkeypatch, shape, write):
     import tracemalloc
 
-    monkeypatch.setattr("steerlm_nemo.data.containers._CHUNK", 1 << 16)
+    monkeypatch.setattr("steerlm_nemo.data.rows._CHUNK", 1 << 16)
 
     def peak(number):
         records = [record for i in range(number) for record in SHAPES[shape](i)]

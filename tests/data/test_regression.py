@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from steerlm_nemo.data.attribute_statistics import AttributeStatistics
 from steerlm_nemo.data.regression import process_to_regression_format, vector_of
+from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting
 

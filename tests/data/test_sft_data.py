@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from steerlm_nemo.data.attribute_statistics import AttributeStatistics
 from steerlm_nemo.data.sft_data import build_sft_data
+from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.records import Accounting
 

@@ -96,10 +96,8 @@ def test_a_killed_rank_ends_the_server_with_its_number(nemo, busy, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_a_failure_inside_the_model_ends_both_ranks_with_its_reason(nemo, failing_rank):
-    program = (
-        "import sys; from steerlm_nemo.training.launch import launch_ranks; sys.exit(launch_ranks(sys.argv[1:], 2))"
-    )
-    script = Path(__file__).with_name("failing_rank.py")
+    program = "import sys; from steerlm_nemo.ranks import launch_ranks; sys.exit(launch_ranks(sys.argv[1:], 2))"
+    script = ROOT / "tests/support/failing_rank.py"
     command = [sys.executable, "-c", program, script, nemo, str(failing_rank)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert run.returncode == 70
@@ -111,7 +109,7 @@ def test_alone_a_failure_inside_the_model_costs_the_rows_under_way_only(nemo):
     environment = {**os.environ, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     with live.open_listener(0) as free:
         environment["MASTER_PORT"] = str(free.getsockname()[1])
-    script = Path(__file__).with_name("failing_rank.py")
+    script = ROOT / "tests/support/failing_rank.py"
     run = subprocess.run([sys.executable, script, nemo, "0"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip().endswith("given up: out of memory, say; then 4 rows completed")

@@ -14,9 +14,9 @@ import torch
 from hf_engine import HFEngine
 
 from steerlm_nemo.conversation import Conversation, RecordRef, Turn
-from steerlm_nemo.serving.front import HttpSettings
-from steerlm_nemo.serving.openai_request import NO_EFFECT, chat_request
-from steerlm_nemo.serving.text import GrowingText, safe_length, token_bytes
+from steerlm_nemo.engine.text import GrowingText, safe_length, token_bytes
+from steerlm_nemo.serving.front_door import HttpSettings
+from steerlm_nemo.serving.requests.openai import NO_EFFECT, chat_request
 from steerlm_nemo.steering.steer import Sampling, steer
 
 VALUES = {"quality": 1, "humor": 2, "lang": "de"}
@@ -309,7 +309,7 @@ def test_what_cannot_be_done_raises_the_clients_bad_request_error_naming_the_key
 def test_every_argument_of_the_client_is_honoured_or_refused_by_name(client, engine):
     ours = {"self", "messages", "model", "extra_headers", "extra_query", "extra_body", "timeout"}
     arguments = set(inspect.signature(client.chat.completions.create).parameters) - ours
-    from steerlm_nemo.serving.openai_request import CHAT
+    from steerlm_nemo.serving.requests.openai import CHAT
 
     for key in sorted(arguments):
         if key in NO_EFFECT:

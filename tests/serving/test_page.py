@@ -25,8 +25,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from steerlm_nemo.conversation import TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, RecordRef, Turn
-from steerlm_nemo.serving.front import HttpSettings
-from steerlm_nemo.template import SteerLMFormat
+from steerlm_nemo.model_kind import STEERLM, SteerLMFormat
+from steerlm_nemo.serving.front_door import HttpSettings
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -160,7 +160,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> HFEngine:
     served = tiny_world.make_model(folder, None, steps=0)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 10_000}))
-    return HFEngine.load(folder, SteerLMFormat(served.template, served.schema, VALUE_TO_TEXT))
+    return HFEngine.load(folder, SteerLMFormat(served.template, served.schema, STEERLM))
 
 
 def values_of(page: Page, side: str) -> dict[str, int | str]:

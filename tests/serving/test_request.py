@@ -6,9 +6,10 @@ import tiny_world
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerlm_nemo.serving.request import BadRequest, GenerateRequest
-from steerlm_nemo.serving.sampling import ModelInfo
-from steerlm_nemo.template import ChatTemplate, SteerLMFormat
+from steerlm_nemo.engine.protocol import ModelInfo
+from steerlm_nemo.model_kind import STEERLM, SteerLMFormat
+from steerlm_nemo.serving.requests.generate import BadRequest, GenerateRequest
+from steerlm_nemo.template import ChatTemplate
 
 ONE = {"sentences": ["hi"]}
 
@@ -16,7 +17,7 @@ ONE = {"sentences": ["hi"]}
 @pytest.fixture(scope="module")
 def info(tmp_path_factory):
     tokenizer = tiny_world.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    served = SteerLMFormat(ChatTemplate(), tiny_world.SCHEMA, "VALUE_TO_TEXT")
+    served = SteerLMFormat(ChatTemplate(), tiny_world.SCHEMA, STEERLM)
     return ModelInfo("tiny", tokenizer, tokenizer.vocab_size, 64, served, {})
 
 

@@ -8,9 +8,9 @@ import pytest
 import tiny_world
 
 from steerlm_nemo.attributes import Attributes
+from steerlm_nemo.client.server import ServerClient
 from steerlm_nemo.errors import InputError, RecordError, ServerError
-from steerlm_nemo.serving.client import ServerClient
-from steerlm_nemo.steering.steer import Sampling, connect, parse_attributes, response_text, steer, steer_file
+from steerlm_nemo.steering.steer import Sampling, connect, parse_attributes, steer, steer_file
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "steered_inference.py"
 
@@ -120,7 +120,7 @@ def test_markers_in_a_message_cannot_forge_a_turn(endpoint):
     ],
 )
 def test_the_end_of_a_turn_is_taken_off_once(engine, completion, text):
-    assert response_text(completion, engine.info.format) == text
+    assert engine.info.format.template.response_text(completion) == text
 
 
 def test_a_value_model_is_refused():

@@ -16,7 +16,8 @@ from runs import losses, overrides, train, train_command, write_records
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config
-from steerlm_nemo.template import ChatTemplate, SteerLMFormat
+from steerlm_nemo.model_kind import GRADER, SteerLMFormat
+from steerlm_nemo.template import ChatTemplate
 
 pytest.importorskip("nemo_aligner", reason="needs the training stack: nemo_toolkit, megatron-core, nemo-aligner")
 
@@ -66,7 +67,7 @@ def test_two_ranks_learn_what_one_rank_learns(
 def test_the_result_says_what_it_was_trained_for(finished: Path, base_nemo: Path) -> None:
     config = read_config(nemo_of(finished))
     fmt = SteerLMFormat.from_dict(config["steerlm"])
-    assert fmt == SteerLMFormat(ChatTemplate(), NEMO12_LANG, "TEXT_TO_VALUE")
+    assert fmt == SteerLMFormat(ChatTemplate(), NEMO12_LANG, GRADER)
     assert config["target"].endswith("GPTSFTModel")
     # What was switched off for this machine must be on for the next one.
     assert config["transformer_engine"] is True and config["optim"]["name"] == "distributed_fused_adam"

@@ -119,7 +119,7 @@ async function begin() {
     $("problem").hidden = false;
     return;
   }
-  const mode = { VALUE_TO_TEXT: "steer", TEXT_TO_VALUE: "grade" }[served.format?.record_type] ?? "continue";
+  const mode = { steerlm: "steer", preference: "steer", grader: "grade" }[served.format?.kind] ?? "continue";
   for (const part of document.querySelectorAll("[data-for]")) part.hidden = !part.dataset.for.split(" ").includes(mode);
   document.body.dataset.mode = mode;
   document.title = `${served.model} · SteerLM`;

@@ -1,0 +1,246 @@
+"""HTTP client of our server, for the annotator and the steering client.
+
+Two kinds of failure: the server could not answer now (down, time-out, 5xx, 429, an answer cut short), which is
+retried with growing pauses; and the server refused the request (4xx), which no retry can change.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+from steerlm_nemo.errors import FormatMismatchError, InputError, ServerError
+from steerlm_nemo.model_kind import SteerLMFormat, kinds_that
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+
+_T = TypeVar("_T")
+
+
+class RequestRefusedError(ServerError):
+    """The server answered 4xx: this request will never succeed."""
+
+
+class UnreachableError(ServerError):
+    """Nobody answers at this address, or a server that says it is ending (503)."""
+
+
+@dataclass(frozen=True)
+class ServedLine:
+    """A full attribute line, how many of its values overrule the model's own, illegal, first choice, and how sure the
+    model was: per key that was not given `probabilities` of the legal values, `expected` (None for lang), `confidence`
+    and `logprob`; None from a server that does not tell."""
+
+    text: str
+    num_overruled: int
+    beliefs: dict[str, dict[str, Any]] | None
+
+
+class Generation:
+    """One answered `/generate` request: what each prompt was continued with, and the log-probabilities if asked."""
+
+    def __init__(self, sentences: Sequence[str], answer: Any, where: str) -> None:
+        if isinstance(answer, str):  # how NeMo's server, and ours in its compat mode, refuses a request
+            raise RequestRefusedError(f"{where} refused the request: {answer}")
+        texts = answer.get("sentences") if isinstance(answer, dict) else None
+        if not isinstance(texts, list) or len(texts) != len(sentences):
+            raise ServerError(f"{where} answered something other than {len(sentences)} sentences: {str(answer)[:200]}")
+        for sentence, text in zip(sentences, texts, strict=True):
+            if not isinstance(text, str) or not text.startswith(sentence):
+                raise ServerError(f"{where} answered a sentence that does not begin with its prompt: {text!r:.200}")
+        self.completions = [text[len(sentence) :] for sentence, text in zip(sentences, texts, strict=True)]
+        self.token_ids: list[list[int]] = answer.get("token_ids")
+        self.logprob: list[list[float]] | None = answer.get("logprob")
+
+
+class ServerClient:
+    """A server's address with time-out and retry policy. One client may be shared by several threads.
+
+    Where the environment has STEERLM_TOKEN, that token is sent.
+    """
+
+    def __init__(self, host: str, port: int, timeout_s: float = 600.0, retries: int = 8) -> None:
+        self.where = f"http://{host}:{port}"
+        self.num_requests = 0
+        self.num_retries = 0  # retries made so far
+        self.identity: str | None = (
+            None  # of the served model, once `format` has asked; None where the server is silent
+        )
+        self._retries = retries
+        self._http = httpx.Client(
+            base_url=self.where,
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            limits=httpx.Limits(max_connections=None),
+            headers={"Authorization": f"Bearer {token}"} if (token := os.environ.get("STEERLM_TOKEN")) else {},
+            trust_env=False,  # a proxy meant for the internet must not stand between us and our own server
+        )
+        self._lock = threading.Lock()
+
+    def generate(self, sentences: Sequence[str], **settings: Any) -> Generation:
+        """Continue every sentence. `settings` are keys of `PUT /generate`.
+
+        Raises:
+            RequestRefusedError: the server says the request is wrong.
+            ServerError: no answer after all retries.
+        """
+        body = {"sentences": list(sentences), **settings}
+        return self._with_retries(
+            lambda: Generation(sentences, self._json("PUT", "/generate", body), self.where), self._retries
+        )
+
+    def attribute_lines(
+        self, prompts: Sequence[str], given: Sequence[Mapping[str, str | int]] | None = None, *, beliefs: bool = True
+    ) -> list[ServedLine] | None:
+        """A full line per prompt. `given` are the values that are known of each line.
+
+        Without `beliefs` the answer is a tenth as long.
+
+        None where the server does not have this call, as NeMo's own.
+
+        Raises:
+            RequestRefusedError, ServerError: as `generate`.
+            InputError: another model answers than the one whose `format` was asked for.
+        """
+        body: dict[str, Any] = {"prompts": list(prompts)}
+        if given is not None and any(given):
+            body["given"] = [dict(known) for known in given]
+        if not beliefs:
+            body["beliefs"] = False
+
+        def ask() -> list[ServedLine] | None:
+            response = self._send("POST", "/v1/attribute_lines", body)
+            if response.status_code == httpx.codes.NOT_FOUND:
+                return None
+            answer = self._content(response)
+            try:
+                model = answer.get("model") or None
+                told = answer.get("attributes") or [None] * len(prompts)
+                found = [ServedLine(*row) for row in zip(answer["lines"], answer["num_overruled"], told, strict=True)]
+            except (AttributeError, KeyError, TypeError, ValueError) as err:
+                raise ServerError(f"{self.where}/v1/attribute_lines answered something else: {answer!r:.200}") from err
+            if len(found) != len(prompts):
+                raise ServerError(f"{self.where} answered {len(found)} lines for {len(prompts)} prompts")
+            if model is not None and self.identity is not None and model != self.identity:
+                raise InputError(
+                    f"{self.where} served model {self.identity} when this run began and serves {model} now. One file "
+                    "is graded by one model: serve the first again and run the same command."
+                )
+            return found
+
+        return self._with_retries(ask, self._retries)
+
+    def is_ready(self) -> bool:
+        """Does GET /health answer now? One try."""
+        try:
+            return bool(self._json("GET", "/health").get("ready"))
+        except (ServerError, AttributeError):
+            return False
+
+    def format(self) -> SteerLMFormat | None:
+        """The served model's template and schema; None if its checkpoint has none, or the server does not know.
+
+        Sets `identity`, too.
+
+        Raises:
+            ServerError: the server cannot be reached.
+        """
+        # The first question of every run: a wrong port should show in seconds, not after all the patience of a run.
+        response = self._with_retries(lambda: self._send("GET", "/v1/attributes"), min(self._retries, 2))
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        content = self._content(response)
+        try:
+            self.identity = (content.get("identity") or None) if isinstance(content, dict) else None
+            return SteerLMFormat.from_dict(content)
+        except FormatMismatchError as err:
+            raise ServerError(f"{self.where}/v1/attributes did not answer with a SteerLM format: {err}") from err
+
+    def require_format(self, ability: str) -> SteerLMFormat:
+        """As `format`, but only for a model that can do this. Raises InputError naming what is served instead."""
+        return require_ability(self.format(), ability, self.where)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _with_retries(self, send: Callable[[], _T], retries: int) -> _T:
+        attempt = 0
+        while True:
+            try:
+                return send()
+            except RequestRefusedError:
+                raise
+            except ServerError as err:
+                if attempt == retries:
+                    tries = f" ({attempt + 1} tries)" if attempt else ""
+                    raise type(err)(f"{err}{tries}") from err
+                with self._lock:
+                    self.num_retries += 1
+                pause_s = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
+                # Spread out, or all the threads that failed together would come back together.
+                time.sleep(pause_s * random.uniform(0.5, 1.0))
+                attempt += 1
+
+    def _json(self, method: str, path: str, body: Any = None) -> Any:
+        return self._content(self._send(method, path, body))
+
+    def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        with self._lock:
+            self.num_requests += 1
+        try:
+            response = self._http.request(method, path, json=body)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as err:
+            raise UnreachableError(
+                f"no server answers at {self.where} ({err}). Start it, or give its host and port."
+            ) from err
+        except httpx.TimeoutException as err:
+            raise ServerError(
+                f"{self.where}{path} did not answer in time ({type(err).__name__}). Is the server overloaded? "
+                "A longer time-out or a smaller batch may help."
+            ) from err
+        except httpx.HTTPError as err:
+            raise ServerError(f"{self.where}{path}: the connection broke ({err or type(err).__name__})") from err
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise UnreachableError(f"{self.where}{path} answered 503: {_message(response)}")
+        if response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+            raise ServerError(f"{self.where}{path} answered {response.status_code}: {_message(response)}")
+        return response
+
+    def _content(self, response: httpx.Response) -> Any:
+        path = response.request.url.path
+        if response.status_code != httpx.codes.OK:
+            hint = " Set STEERLM_TOKEN." if response.status_code == httpx.codes.UNAUTHORIZED else ""
+            raise RequestRefusedError(f"{self.where}{path} answered {response.status_code}: {_message(response)}{hint}")
+        try:
+            return response.json()
+        except ValueError as err:
+            raise ServerError(
+                f"{self.where}{path} answered something that is not JSON: {response.text[:200]!r}"
+            ) from err
+
+
+def require_ability(served: SteerLMFormat | None, ability: str, where: str) -> SteerLMFormat:
+    """The format, if it is of a model that can do this. Raises InputError naming what is served instead."""
+    wanted = " or ".join(f"{kind.title} ({kind.name})" for kind in kinds_that(ability))
+    if served is None:
+        raise InputError(
+            f"the model at {where} carries no template and attributes: it is not a SteerLM checkpoint. "
+            f"Serve {wanted}: a .nemo made by the training scripts here."
+        )
+    if ability not in served.kind.abilities:
+        raise InputError(f"the model at {where} is {served.kind.title}; this needs {wanted}. Serve one of these.")
+    return served
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200] or "no message"

@@ -1,0 +1,166 @@
+"""What the HTTP API asks of an engine and what it gets back; neither side imports the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from steerlm_nemo.model_kind import SteerLMFormat
+from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+
+ServedTokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt to continue. The API has checked every field, so an engine may rely on the ranges below."""
+
+    prompt_ids: tuple[int, ...]  # at least one, and shorter than the context
+    tokens_to_generate: int = 64  # >= 1; prompt and generated tokens together fit the context
+    min_tokens_to_generate: int = 0  # eos cannot be drawn before this many; other stops still end the row
+    greedy: bool = False  # argmax; temperature, top_k, top_p and repetition_penalty are then ignored
+    temperature: float = 1.0  # 0 < t <= 100
+    top_k: int = 0  # 0: off; at most the vocabulary size
+    top_p: float = 0.9  # 0 or 1: off
+    repetition_penalty: float = 1.0  # >= 1; 1: off
+    stop_ids: tuple[int, ...] = ()  # eos is among them
+    stop_texts: tuple[str, ...] = ()  # stop strings of several tokens: compare with the tail of the decoded row
+    stop_anywhere: tuple[str, ...] = ()  # end the row in the middle of a token, too; of generated text only
+    random_seed: int | None = None  # below 2**63
+    compute_logprob: bool = False  # of every token, the prompt's too; nothing of the prompt is then reused
+    all_probs: bool = False  # likewise
+    token_logprobs: bool = False  # of generated tokens only
+    top_logprobs: int = 0  # 0 to MAX_TOP_LOGPROBS likeliest tokens at every generated place
+    # Steps to go through, each a choice among token sequences none of which begins another; () is free generation.
+    # A step with one sequence is forced. The likeliest next token decides, step by step; the last step ends the row.
+    constraint: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the model thought of the options of one constraint step.
+
+    An option's log-probability is that of its tokens up to the one that tells it from all others: exact where first
+    tokens differ. Further branches are followed as they are chosen; options that share the first token of a branch not
+    taken share that branch's probability evenly, so the sum over the options is right in any case.
+    """
+
+    chosen: int  # place in the step's options
+    logprobs: tuple[float, ...]  # one per option; natural log, untempered, over the real vocabulary
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continued prompt, without padding. A stop token, or the tokens of a stop text, are included.
+
+    All log-probabilities are natural, untempered and over the real vocabulary.
+    """
+
+    token_ids: tuple[int, ...]  # prompt and generated
+    num_prompt_tokens: int
+    finish_reason: str  # "stop" | "length"
+    logprob: tuple[float, ...] | None = None  # compute_logprob: len(token_ids) - 1, token t+1 given the ones before
+    full_logprob: list[list[float]] | None = None  # all_probs: the same positions, one number per vocabulary entry
+    num_overruled: int = 0  # choices of a constraint where the model's own first token was none of the allowed
+    token_logprobs: tuple[float, ...] | None = None  # asked with token_logprobs: one per generated token
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = (
+        None  # per generated token (id, logprob), best first
+    )
+    choices: tuple[Choice, ...] = ()  # one per constraint step of more than one option
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the API needs to know of the served model."""
+
+    name: str
+    tokenizer: ServedTokenizer
+    vocab_size: int
+    context_length: int
+    format: SteerLMFormat | None  # None: a checkpoint without one, such as a stock base model
+    report: dict[str, Any]  # capability report; the keys `tp_size` and `dtype` are shown by GET /health
+    identity: str = ""  # equal for the same weights, config and tokenizer, however packed; "" where nobody knows
+
+
+@dataclass(frozen=True)
+class TokenMade:
+    """The last two are there where the sample asks for them, but not of constrained rows."""
+
+    row: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    row: int
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class Failed:
+    """This row is gone; the engine and the other rows are fine."""
+
+    row: int
+    error: Exception
+
+
+Event = TokenMade | Finished | Failed
+
+
+@dataclass
+class EngineCounters:
+    """Totals since the start, for /metrics."""
+
+    steps: int = 0  # forward passes
+    prefilled_tokens: int = 0  # prompt tokens computed
+    reused_tokens: int = 0  # prompt tokens whose keys and values were in the cache
+    generated_tokens: int = 0  # forced ones included
+    evicted_tokens: int = 0  # cached tokens given up for others
+
+
+class Engine(Protocol):
+    """A model that continues prompts, one step at a time. All calls come from one thread."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def counters(self) -> EngineCounters: ...
+
+    def add(self, sample: Sample) -> int:
+        """Take a row in; its number is in all its events. It starts as soon as there is room."""
+        ...
+
+    def cancel(self, row: int) -> None:
+        """Forget a row; no more events come from it. Nothing happens if it has ended."""
+        ...
+
+    def step(self) -> Sequence[Event]:
+        """Advance the rows. Each row's tokens come in order, then one Finished or Failed.
+
+        An exception means that the engine is dead.
+        """
+        ...
+
+
+def complete(engine: Engine, samples: Sequence[Sample]) -> list[Completion]:
+    """One completion per sample, in order, on an engine that nobody else uses meanwhile.
+
+    Raises:
+        Exception: the first row that failed, as the engine told it; the other rows are cancelled.
+    """
+    rows = [engine.add(sample) for sample in samples]
+    done: dict[int, Completion] = {}
+    while len(done) < len(rows):
+        for event in engine.step():
+            if isinstance(event, Finished):
+                done[event.row] = event.completion
+            elif isinstance(event, Failed):
+                for row in rows:
+                    engine.cancel(row)
+                raise event.error
+    return [done[row] for row in rows]

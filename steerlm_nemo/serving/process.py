@@ -1,0 +1,111 @@
+"""What every rank of a server does: load the model, then serve (rank 0) or follow (all others)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from steerlm_nemo.checkpoint.archive import check_nemo
+from steerlm_nemo.compat import leave_a_core
+from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.models.loading import check_parallelism
+
+
+def resolve(cfg: DictConfig) -> Mapping[str, Any]:
+    """Fill in the sizes left at -1, refuse what cannot run, return the checkpoint's model config.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint cannot be read, or sizes do not fit.
+    """
+    config = check_nemo(cfg.gpt_model_file)
+    num_ranks = cfg.trainer.devices * cfg.trainer.num_nodes
+    if cfg.pipeline_model_parallel_size in (-1, None):
+        cfg.pipeline_model_parallel_size = 1
+    if cfg.tensor_model_parallel_size in (-1, None):
+        cfg.tensor_model_parallel_size = num_ranks
+    check_parallelism(config, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, num_ranks)
+    if cfg.compat not in (None, "nemo1.23"):
+        raise ConfigError(f"compat is {cfg.compat!r}; it must be nemo1.23 or left out")
+    if not cfg.server and not cfg.prompts:
+        raise ConfigError(
+            "server=False continues `prompts`, and there are none; give prompts='[\"...\"]' or server=True"
+        )
+    return config
+
+
+def run(cfg: DictConfig) -> None:
+    """Serve until told to stop, or continue `cfg.prompts` once. Every rank calls this.
+
+    Raises:
+        InputError: the port is taken, or the token file cannot be read; found before the model is loaded.
+        ServerError: the engine died.
+    """
+    from steerlm_nemo.serving.front_door import settings_from as http_settings_from
+    from steerlm_nemo.serving.listener import open_listener
+
+    is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    http = http_settings_from(cfg.http)
+    listener = None
+    if is_first and cfg.server:
+        listener = open_listener(cfg.port, cfg.host, has_token=http.token is not None)
+
+    leave_a_core()
+    import torch
+
+    from steerlm_nemo.engine.megatron import MegatronEngine, settings_from
+    from steerlm_nemo.models.loading import load_for_inference
+
+    settings = settings_from(cfg.engine)
+    precision = cfg.trainer.precision or ("bf16" if torch.cuda.is_available() else "32")
+    precision = str(precision).removesuffix("-mixed")
+    loaded = load_for_inference(cfg.gpt_model_file, cfg.tensor_model_parallel_size, precision)
+    engine = MegatronEngine(loaded, Path(cfg.gpt_model_file).stem, settings)
+    # A step makes thousands of small tuples and no cycles; looking through them after every 700 is time for nothing.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    if not is_first:
+        engine.follow()
+        _leave()
+    print("\n".join(loaded.capabilities.lines()), flush=True)
+    try:
+        if listener is None:
+            _continue_prompts(cfg, engine)
+        else:
+            from steerlm_nemo.serving.app import build_app
+            from steerlm_nemo.serving.listener import serve
+
+            app = build_app(engine, compat=cfg.compat, max_batch_rows=settings.max_batch_rows, http=http)
+            serve(app, listener, engine.info.name, http.drain_s)
+    finally:
+        engine.close()
+    _leave()
+
+
+def _leave() -> None:
+    """End this rank now, successfully.
+
+    At an ordinary exit gloo's threads are torn down while the other rank's are; the one that comes second finds its
+    connection closed and, now and then, aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _continue_prompts(cfg: DictConfig, engine: Any) -> None:
+    from omegaconf import OmegaConf
+
+    from steerlm_nemo.engine.protocol import complete
+    from steerlm_nemo.serving.app import completion_text
+    from steerlm_nemo.serving.requests.generate import GenerateRequest
+
+    body: dict[str, Any] = OmegaConf.to_container(cfg.inference)  # type: ignore[assignment]
+    request = GenerateRequest.from_json({"sentences": list(cfg.prompts), **body})
+    for completion in complete(engine, request.samples(engine.info)):
+        print(completion_text(completion, engine.info))

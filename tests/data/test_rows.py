@@ -1,0 +1,168 @@
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from steerlm_nemo.data.rows import Lines, require_source
+from steerlm_nemo.errors import InputError
+from steerlm_nemo.records import read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = [{"prompt": f"q{n} é\n\u2028", "response": f"r{n}", "grade": n if n % 2 else None} for n in range(50)]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def rows_of(source, tmp_path):
+    with Lines(source, tmp_path) as lines:
+        return [lines[index].record for index in range(len(lines))]
+
+
+def parquet(path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=7)
+
+
+def zst_frames(data):
+    """Two frames one after the other, as parallel compressors write them."""
+    half = len(data) // 2
+    return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+
+
+CONTAINERS = {
+    "rows.jsonl": lambda path: path.write_bytes(JSONL),
+    "crlf.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + JSONL.replace(b"\n", b"\r\n\r\n")),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(JSONL)),
+    "rows.jsonl.zst": lambda path: path.write_bytes(zst_frames(JSONL)),
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "indented.json": lambda path: path.write_text("\ufeff \n" + json.dumps(ROWS, indent=2) + "\n"),
+    "rows.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "rows.json.zst": lambda path: path.write_bytes(zst_frames(json.dumps(ROWS).encode())),
+    "rows.parquet": parquet,
+    "names.lie": lambda path: path.write_bytes(zst_frames(JSONL)),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_gives_the_same_rows(tmp_path, name):
+    CONTAINERS[name](tmp_path / name)
+    assert rows_of(tmp_path / name, tmp_path) == ROWS
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_place_is_the_row_where_there_are_no_lines(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=2))
+    with Lines(tmp_path / "rows.json", tmp_path) as lines:
+        assert str(lines[7].ref) == f"{tmp_path / 'rows.json'}:8"
+        assert lines[7].record == ROWS[7]
+
+
+def test_an_array_larger_than_a_chunk_and_one_of_odd_elements_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("steerlm_nemo.data.rows._CHUNK", 7)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    assert rows_of(tmp_path / "rows.json", tmp_path) == ROWS
+    (tmp_path / "odd.json").write_text('[ 1234567890123 , "a]b" ,{"a":[1,{"b":null}]}, NaN ]')
+    with Lines(tmp_path / "odd.json", tmp_path) as lines:
+        problems = [lines[index].problem for index in range(len(lines))]
+        assert lines[2].record == {"a": [1, {"b": None}]}
+    assert problems == [
+        "a JSON object is needed, found int",
+        "a JSON object is needed, found str",
+        None,
+        "not JSON: NaN is not a JSON value",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[{"a": 1}', "not JSON after record 1"),
+        ('[{"a": 1} {"a": 2}]', "not JSON after record 1"),
+        ('[{"a": 1}, {"a": }]', "not JSON after record 1"),
+        ('[{"a": 1}, ', "not JSON after record 1"),
+        ('[{"a": 1}] x', "text after the end of the array of 1 records"),
+        ("[", "not JSON after record 0"),
+    ],
+)
+def test_a_damaged_array_is_refused_naming_the_last_good_record(tmp_path, text, problem):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(InputError, match=problem):
+        rows_of(tmp_path / "rows.json", tmp_path)
+    (tmp_path / "empty.json").write_text(" [ ] ")
+    assert rows_of(tmp_path / "empty.json", tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst", "rows.json.gz", "rows.json.zst", "rows.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "garbled"])
+def test_damaged_data_are_refused_with_one_message(tmp_path, name, damage):
+    path = tmp_path / name
+    CONTAINERS[name](path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] if damage == "cut" else data[:40] + bytes(200) + data[240:])
+    with pytest.raises(InputError, match=r"(damaged|not JSON|not UTF-8)"):
+        rows_of(path, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz", ".jsonl"])
+def test_every_tool_that_reads_records_reads_compressed_ones(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    CONTAINERS[path.name](path)
+    assert [record for _, record in read_records(path)] == ROWS
+    if suffix == ".jsonl.zst":
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(InputError, match="damaged zstd data after line"):
+            list(read_records(path))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1" + bytes(40))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        rows_of(tmp_path / "rows.parquet", tmp_path)
+
+
+def test_a_directory_that_datasets_loads_is_a_source(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "folder"
+    (folder / "data").mkdir(parents=True)
+    parquet(folder / "data" / "train-00000-of-00001.parquet")
+    assert rows_of(folder, tmp_path) == ROWS
+    assert rows_of(f"{folder}@train", tmp_path) == ROWS
+    with pytest.raises(InputError, match="no dataset with a split 'test'"):
+        rows_of(f"{folder}@test", tmp_path)
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(saved)
+    assert rows_of(saved, tmp_path) == ROWS
+
+
+def test_a_directory_without_data_is_refused_before_it_is_searched(tmp_path):
+    with pytest.raises(InputError, match="is a directory without data files"):
+        require_source(tmp_path)
+
+
+def test_a_dataset_of_the_hub_without_a_network_says_to_download(tmp_path):
+    pytest.importorskip("datasets")
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "scripts" / "preprocessing.py", "--input_file=hf://nvidia/HelpSteer2@validation"),
+            f"--output_file_prefix={tmp_path / 'out'}",
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: hf://nvidia/HelpSteer2: cannot be loaded"), done.stderr
+    assert "download the files of the dataset elsewhere" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
+
+
+def test_a_bare_dataset_name_is_answered_with_how_to_write_it():
+    with pytest.raises(InputError, match="is written hf://nvidia/HelpSteer2"):
+        require_source("nvidia/HelpSteer2")

@@ -1,0 +1,68 @@
+"""The thread between the API and an engine, on the Hugging Face engine of the tests."""
+
+import threading
+import time
+
+import live
+import pytest
+
+from steerlm_nemo.engine.protocol import Sample
+from steerlm_nemo.engine.worker import EngineDiedError, EngineWorker
+
+
+@pytest.fixture
+def engine():
+    return live.engine(None)
+
+
+@pytest.fixture
+def worker(engine):
+    worker = EngineWorker(engine, max_batch_rows=3, max_waiting_requests=8)
+    worker.start()
+    yield worker
+    worker.stop()
+
+
+def sample(first_id, count, **settings):
+    return Sample((first_id,), count, greedy=True, **settings)
+
+
+def test_tokens_are_told_as_they_are_made_and_completions_come_in_the_order_of_the_samples(worker):
+    told = {0: [], 1: [], 2: [], 3: []}
+    samples = [sample(300 + number, 5 - number) for number in range(4)]  # more rows than run at a time
+    done = worker.submit(samples, lambda row, token: told[row].append(token.token_id)).result(60)
+    assert [completion.token_ids[0] for completion in done] == [300, 301, 302, 303]
+    assert [list(completion.token_ids[1:]) for completion in done] == list(told.values())
+
+
+def test_cancelling_frees_running_rows_before_the_next_step(worker, engine):
+    started, tokens = threading.Event(), []
+    future = worker.submit([sample(300, 200)] * 3, lambda row, token: (tokens.append(token), started.set()))
+    assert started.wait(60)
+    assert worker.num_running == 3
+    assert future.cancel()
+    assert len(worker.submit([sample(301, 2)]).result(60)) == 1  # there is room again
+    made = len(tokens)
+    assert made < 600
+    time.sleep(0.2)
+    assert len(tokens) == made and worker.num_running == 0
+
+
+def test_an_engine_that_dies_is_told_to_everybody_who_waits_and_to_whoever_comes_later(engine):
+    class Dying:
+        info, counters = engine.info, engine.counters
+        add, cancel = staticmethod(engine.add), staticmethod(engine.cancel)
+
+        def step(self):
+            raise RuntimeError("no more")
+
+    worker = EngineWorker(Dying(), max_batch_rows=1, max_waiting_requests=8)
+    futures = [worker.submit([sample(300, 2)]) for _ in range(3)]
+    worker.start()
+    for future in futures:
+        with pytest.raises(EngineDiedError, match="no more"):
+            future.result(60)
+    assert str(worker.failed) == "no more"
+    with pytest.raises(EngineDiedError):
+        worker.submit([sample(300, 2)])
+    worker.stop()

@@ -1,0 +1,180 @@
+"""The Engine protocol on a Hugging Face causal model, each row by itself: the outside reference for serving tests."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from steerlm_nemo.engine.protocol import (
+    Choice,
+    Completion,
+    EngineCounters,
+    Event,
+    Failed,
+    Finished,
+    ModelInfo,
+    Sample,
+    TokenMade,
+)
+from steerlm_nemo.model_kind import SteerLMFormat
+from steerlm_nemo.tokenizer import SentencePieceTokenizer
+
+
+class HFEngine:
+    """Greedy and sampled generation with a key-value cache; rows never see one another."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, tokenizer: SentencePieceTokenizer, served: SteerLMFormat | None, name: str
+    ) -> None:
+        self.model = model.eval()
+        self.calls: list[int] = []  # rows that began together
+        self.counters = EngineCounters()
+        self._num_rows = 0
+        self._rows: dict[int, Generator[TokenMade, None, Completion]] = {}
+        self._num_new = 0
+        self.info = ModelInfo(
+            name=name,
+            tokenizer=tokenizer,
+            vocab_size=tokenizer.vocab_size,
+            context_length=model.config.max_position_embeddings,
+            format=served,
+            report={"tp_size": 1, "dtype": "float32"},
+        )
+
+    @classmethod
+    def load(cls, folder: Path, served: SteerLMFormat | None = None) -> HFEngine:
+        model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+        return cls(model, SentencePieceTokenizer(folder / "tokenizer.model"), served, folder.name)
+
+    def add(self, sample: Sample) -> int:
+        self._num_rows += 1
+        self._num_new += 1
+        self._rows[self._num_rows] = self._continue(self._num_rows, sample)
+        return self._num_rows
+
+    def cancel(self, row: int) -> None:
+        self._rows.pop(row, None)
+
+    def step(self) -> list[Event]:
+        """One token for every row."""
+        if self._num_new:
+            self.calls.append(self._num_new)
+            self._num_new = 0
+        events: list[Event] = []
+        for row, tokens in list(self._rows.items()):
+            try:
+                with torch.no_grad():
+                    events.append(next(tokens))
+                continue
+            except StopIteration as end:
+                events.append(Finished(row, end.value))
+            except Exception as err:
+                events.append(Failed(row, err))
+            del self._rows[row]
+        return events
+
+    def _continue(self, row: int, sample: Sample) -> Generator[TokenMade, None, Completion]:
+        ids = list(sample.prompt_ids)
+        cache = DynamicCache()
+        chance = torch.Generator()
+        chance.seed() if sample.random_seed is None else chance.manual_seed(sample.random_seed)
+        pending = ids
+        log_probs: list[torch.Tensor] = []  # row t: distribution of token t+1
+        finish_reason, num_overruled = "length", 0
+        self.counters.prefilled_tokens += len(ids)
+        for step in range(sample.tokens_to_generate):
+            logits = self.model(torch.tensor([pending]), past_key_values=cache).logits[0, :, : self.info.vocab_size]
+            log_probs += list(logits.log_softmax(-1))
+            last = logits[-1].clone()
+            if step < sample.min_tokens_to_generate:
+                last[self.info.tokenizer.eos_id] = -torch.inf
+            token = int(last.argmax()) if sample.greedy else _draw(last, sample, chance)
+            if sample.constraint:
+                allowed = _allowed(sample, ids[len(sample.prompt_ids) :])
+                if allowed is None:
+                    finish_reason = "stop"
+                    break
+                num_overruled += len(allowed) > 1 and token not in allowed
+                token = max(sorted(allowed), key=lambda candidate: float(last[candidate]))
+            ids.append(token)
+            self.counters.generated_tokens += 1
+            score = float(log_probs[-1][token]) if sample.token_logprobs else None
+            yield TokenMade(
+                row, token, score, *(_top(log_probs[-1:], sample.top_logprobs) if sample.top_logprobs else ())
+            )
+            pending = [token]
+            made = self.info.tokenizer.decode(ids[len(sample.prompt_ids) :])
+            if (
+                token in sample.stop_ids
+                or self.info.tokenizer.decode(ids).endswith(sample.stop_texts)
+                or any(stop in made for stop in sample.stop_anywhere)
+            ):
+                finish_reason = "stop"
+                break
+        rows = torch.stack(log_probs)[: len(ids) - 1]
+        num_prompt = len(sample.prompt_ids)
+        chosen = tuple(rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
+        return Completion(
+            tuple(ids),
+            num_prompt,
+            finish_reason,
+            chosen if sample.compute_logprob else None,
+            rows.tolist() if sample.all_probs else None,
+            num_overruled,
+            chosen[num_prompt - 1 :] if sample.token_logprobs else None,
+            _top(rows[num_prompt - 1 :], sample.top_logprobs) if sample.top_logprobs else None,
+            self._choices(sample, ids),
+        )
+
+    def _choices(self, sample: Sample, ids: list[int]) -> tuple[Choice, ...]:
+        """Every option read by a forward pass of its own, up to where it differs from all others."""
+        choices = []
+        place = len(sample.prompt_ids)
+        for options in sample.constraint:
+            taken = next(option for option in options if tuple(ids[place : place + len(option)]) == option)
+            if len(options) > 1:
+                logprobs = []
+                for option in options:
+                    shared = max(_num_shared(option, other) for other in options if other != option)
+                    told_apart = option[: shared + 1]
+                    logits = self.model(torch.tensor([ids[:place] + list(told_apart)])).logits[0, place - 1 : -1]
+                    scores = logits[:, : self.info.vocab_size].log_softmax(-1)
+                    logprobs.append(float(sum(scores[i, token] for i, token in enumerate(told_apart))))
+                choices.append(Choice(options.index(taken), tuple(logprobs)))
+            place += len(taken)
+        return tuple(choices)
+
+
+def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _top(log_probs: Sequence[torch.Tensor], count: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    best = [row.topk(count) for row in log_probs]
+    return tuple(tuple(zip(row.indices.tolist(), row.values.tolist(), strict=True)) for row in best)
+
+
+def _allowed(sample: Sample, generated: list[int]) -> set[int] | None:
+    """Next tokens by matching what was generated against the steps from the start; None when they are all done."""
+    rest = tuple(generated)
+    for options in sample.constraint:
+        for option in options:
+            if rest[: len(option)] == option:
+                rest = rest[len(option) :]
+                break
+        else:
+            return {option[len(rest)] for option in options if option[: len(rest)] == rest}
+    return None
+
+
+def _draw(logits: torch.Tensor, sample: Sample, chance: torch.Generator) -> int:
+    probs = (logits / sample.temperature).softmax(-1)
+    ordered, order = probs.sort(descending=True)
+    if sample.top_k:
+        ordered[sample.top_k :] = 0
+    if 0 < sample.top_p < 1:
+        ordered[(ordered.cumsum(0) - ordered) > sample.top_p] = 0
+    return int(order[torch.multinomial(ordered, 1, generator=chance)])
