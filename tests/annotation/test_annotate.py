@@ -334,7 +334,7 @@ def test_a_steerlm_model_is_refused(value_engine, chat_file, tmp_path):
     steerlm_engine = HFEngine(value_engine.model, value_engine.info.tokenizer, served, "steerlm")
     with (
         live.run_engine(steerlm_engine) as port,
-        pytest.raises(InputError, match="was trained for VALUE_TO_TEXT, but this needs TEXT_TO_VALUE"),
+        pytest.raises(InputError, match="is a SteerLM model, which responds at attributes; this needs a value model"),
     ):
         run(source, tmp_path / "out.jsonl", port)
 

@@ -23,7 +23,7 @@ from steerlm_nemo.errors import IncompleteError, InputError
 from steerlm_nemo.serving.listener import open_listener
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "attribute_annotate.py"
-STUB = Path(__file__).with_name("stub_server.py")
+STUB = Path(stub_server.__file__)
 
 
 def free_port():
@@ -125,7 +125,9 @@ def test_servers_of_different_models_are_refused_by_both_names(tmp_path):
     ):
         with pytest.raises(InputError, match=rf":{two} serves second, but the run began with first"):
             grade(source, tmp_path / "out.jsonl", [one, two])
-        with pytest.raises(InputError, match=rf"(?s)disagree about markers or attributes.*nemo12\+lang.*:{three}"):
+        with pytest.raises(
+            InputError, match=rf"(?s)disagree about kind, markers or attributes.*nemo12\+lang.*:{three}"
+        ):
             grade(source, tmp_path / "out.jsonl", [one, three])
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -188,6 +190,7 @@ def survive(tmp_path, num_threads, num_kills, share):
     def start():
         process = subprocess.Popen(command)
         while not done.is_set():
+            assert process.poll() is None, f"the stub server ended with {process.returncode}"
             try:
                 httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
                 break

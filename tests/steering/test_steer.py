@@ -126,7 +126,7 @@ def test_the_end_of_a_turn_is_taken_off_once(engine, completion, text):
 def test_a_value_model_is_refused():
     with (
         live.run_engine(live.engine(None)) as port,  # says it grades; that it never learned to does not matter
-        pytest.raises(InputError, match="was trained for TEXT_TO_VALUE, but this needs VALUE_TO_TEXT"),
+        pytest.raises(InputError, match="is a value model, which grades by writing; this needs a SteerLM model"),
     ):
         steer("Speak!", {}, f"127.0.0.1:{port}")
 
