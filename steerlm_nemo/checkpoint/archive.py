@@ -6,6 +6,9 @@ A `.nemo` is a plain tar (gzip before NeMo 1.7), or a folder with the same conte
     ./NAME                     the tokenizer: `<32 hex>_tokenizer.model` from NeMo, `tokenizer.model` from us
     ./model_weights/...        a distributed checkpoint (see torch_dist.py), or a legacy `model_weights.ckpt`
 Every member is checked before the first byte is extracted, and extraction goes to a private folder only.
+
+tarfile parses the headers, and nothing else of it is used: its `extractall` decides member by member, when those before
+are written already; it follows links, takes any amount of members and bytes, and reads a model once more to skip it.
 """
 
 from __future__ import annotations
