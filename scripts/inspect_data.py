@@ -44,8 +44,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    from steerlm_nemo.attributes import load_schema
     from steerlm_nemo.data.inspection import inspect_file
-    from steerlm_nemo.data.preprocessing import Options, load_schema
+    from steerlm_nemo.data.preprocessing import Options
     from steerlm_nemo.data.rows import require_source
     from steerlm_nemo.records import atomic_output
     from steerlm_nemo.report.inspection import facts, html_report, text_report

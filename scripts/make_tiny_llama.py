@@ -18,7 +18,9 @@ def parse_args() -> argparse.Namespace:
     flag = parser.flag
     flag("trees_file", required=True, help="OpenAssistant trees, .jsonl or .jsonl.gz")
     flag("output_dir", type=Path, required=True, help="folder to write; one of that name is replaced")
-    flag("schema", default="nemo12+lang", help="attributes whose lines the tokenizer must know")
+    flag(
+        "schema", default="nemo12+lang", help="attributes whose lines the tokenizer must know: a preset or a YAML file"
+    )
     flag("vocab_size", type=int, default=2048, help="a multiple of 8")
     flag("max_position", type=int, default=1024, help="tokens of context")
     flag("seed", type=int, default=1, help="of the weights")
@@ -27,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from steerlm_nemo.attributes import schema_named
+    from steerlm_nemo.attributes import load_schema
     from steerlm_nemo.records import read_records
     from steerlm_nemo.toy.llama import TinyLlama, train_tokenizer, tree_texts, write_random_llama
 
@@ -38,7 +40,7 @@ def main() -> None:
     if args.output_dir.exists() and not (args.output_dir / "config.json").is_file():
         raise InputError(f"--output_dir {args.output_dir} exists and holds no model; give another name")
     texts = tree_texts(tree for _, tree in read_records(args.trees_file))
-    tokenizer_model = train_tokenizer(texts, schema_named(args.schema), args.vocab_size)
+    tokenizer_model = train_tokenizer(texts, load_schema(args.schema), args.vocab_size)
     llama = TinyLlama(vocab_size=args.vocab_size, max_position=args.max_position)
     write_random_llama(args.output_dir, llama, tokenizer_model, args.seed)
     print(f"a random Llama of {llama.num_parameters():,} parameters written to {args.output_dir}")

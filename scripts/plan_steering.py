@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     flag("prompts_file", help="chat records; the first user text of each is a prompt")
     flag("responses_file", help="instead: answered requests, to be written as chat records for a value model")
     flag("output_file", required=True)
-    flag("schema", default="nemo12+lang", help="attributes to sweep")
+    flag("schema", default="nemo12+lang", help="attributes to sweep: a preset or a YAML file")
     flag("num_prompts", type=int, default=10, help="different prompts to use at most")
     flag("seed", type=int, default=1, help="of the other attributes' values")
     args = parser.parse_args()
@@ -34,14 +34,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from steerlm_nemo.attributes import schema_named
+    from steerlm_nemo.attributes import load_schema
     from steerlm_nemo.evaluation.steering_curves import first_prompts, plan, to_grade
     from steerlm_nemo.records import atomic_output, dump_record, read_records
 
     if args.num_prompts < 1:
         raise InputError(f"--num_prompts is {args.num_prompts}; at least one is needed")
     if args.prompts_file is not None:
-        records = plan(first_prompts(args.prompts_file, args.num_prompts), schema_named(args.schema), args.seed)
+        records = plan(first_prompts(args.prompts_file, args.num_prompts), load_schema(args.schema), args.seed)
     else:
         records = to_grade(record for _, record in read_records(args.responses_file))
     with atomic_output(args.output_file) as file:

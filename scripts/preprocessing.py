@@ -60,7 +60,8 @@ def preprocessing(
         strict: stop at the first unusable record
     """
     refuse_unknown(unexpected, unknown)
-    from steerlm_nemo.data.preprocessing import Filters, Options, load_schema, preprocess
+    from steerlm_nemo.attributes import load_schema
+    from steerlm_nemo.data.preprocessing import Filters, Options, preprocess
     from steerlm_nemo.records import Accounting
 
     if compat not in ("", "nemo1.23"):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.errors import FormatMismatchError, InputError
@@ -28,7 +29,9 @@ LANGUAGES = (
 )  # fmt: skip
 
 
-# A label comes from a file, and must not be able to end its own line or to begin a turn.
+_MOST_VALUES = 1000  # of one attribute: each is a text to compare with
+
+# A line comes from a file, and must not be able to end itself or to begin a turn.
 _BRACKET = re.compile(r"[<>\[\]{}|]")
 
 
@@ -140,15 +143,46 @@ class AttributeSchema:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AttributeSchema:
-        """Inverse of `to_dict`. Raises FormatMismatchError if the mapping is not a schema."""
+        """Inverse of `to_dict`. A minimum that is not given is 0, a default the minimum, a maximum 4.
+
+        Raises:
+            FormatMismatchError: the mapping is not a schema, or one that no attribute line could follow.
+        """
         try:
-            return cls(
+            schema = cls(
                 name=str(data["name"]),
-                attributes=tuple(Attribute(**attribute) for attribute in data["attributes"]),
+                attributes=tuple(
+                    Attribute(**{"default": attribute.get("minimum", 0), **attribute})
+                    for attribute in data["attributes"]
+                ),
                 languages=tuple(data["languages"]),
             )
-        except (KeyError, TypeError) as err:
+            schema._require_writable()
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
             raise FormatMismatchError(f"not an attribute schema: {err}. Found: {dict(data)!r}") from err
+        return schema
+
+    def _require_writable(self) -> None:
+        """Raise ValueError unless every attribute, at each of its values, can stand in an attribute line."""
+        for attribute in self.attributes:
+            if not isinstance(attribute.name, str):
+                raise ValueError(f"attribute name {attribute.name!r} is no text; put it in quotes")
+            bounds = (attribute.minimum, attribute.default, attribute.maximum)
+            if any(type(bound) is not int for bound in bounds) or list(bounds) != sorted(bounds):
+                raise ValueError(
+                    f"attribute {attribute.name!r} runs from {bounds[0]!r} to {bounds[2]!r} with default {bounds[1]!r};"
+                    " it needs whole numbers, the default between the others"
+                )
+            if attribute.maximum - attribute.minimum >= _MOST_VALUES:
+                raise ValueError(f"attribute {attribute.name!r} has more than {_MOST_VALUES:,} values")
+        items = [f"{attribute.name}:{attribute.minimum}" for attribute in self.attributes]
+        for line in (",".join(items), *(f"{LANG}:{language}" for language in self.languages)):
+            if len(Attributes.parse(line).items) != line.count(",") + 1:
+                raise ValueError("it has no attributes")
+        if any(not isinstance(language, str) or "," in language for language in self.languages):
+            raise ValueError(f"languages are texts without commas, found {self.languages!r}")
+        if LANG in self.names:
+            raise ValueError(f"{LANG!r} is no attribute; list its values under 'languages'")
 
 
 _HIGH = {"quality", "helpfulness", "correctness", "coherence", "complexity", "verbosity"}
@@ -191,8 +225,32 @@ PRESETS = {
 def schema_named(name: str) -> AttributeSchema:
     """A preset by name. Raises InputError listing the presets."""
     if name not in PRESETS:
-        raise InputError(f"unknown attribute schema {name!r}; known: {', '.join(PRESETS)}")
+        raise InputError(f"unknown attribute schema {name!r}; known: {', '.join(PRESETS)}, or a .yaml file")
     return PRESETS[name]
+
+
+def load_schema(name_or_path: str) -> AttributeSchema:
+    """A preset by name, or a YAML file with the fields of `AttributeSchema.to_dict`.
+
+    Raises:
+        InputError: neither a preset nor a readable YAML file; the message lists the presets.
+        FormatMismatchError: the YAML is not a schema.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        return schema_named(name_or_path)
+
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise InputError(f"attribute schema {path}: {err.strerror}") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: not YAML: {err}") from err
+    if not isinstance(data, Mapping):
+        raise InputError(f"{path}: an attribute schema has the keys name, attributes and languages; found {data!r}")
+    return AttributeSchema.from_dict(data)
 
 
 def digest_of(data: Mapping[str, Any]) -> str:

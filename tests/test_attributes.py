@@ -11,6 +11,7 @@ from steerlm_nemo.attributes import (
     Attribute,
     Attributes,
     AttributeSchema,
+    load_schema,
     schema_named,
 )
 from steerlm_nemo.errors import FormatMismatchError, InputError
@@ -131,6 +132,47 @@ def test_a_mapping_that_is_no_schema_is_refused(data):
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match=r"nemo12\+lang, nemo12, helpsteer5, combined9, paper7"):
         schema_named("nemo13")
+
+
+def test_a_schema_comes_from_a_preset_or_a_yaml_file(tmp_path):
+    own = tmp_path / "schema.yaml"
+    own.write_text("name: own\nattributes: [{name: quality, minimum: 1, maximum: 9}]\nlanguages: [en]\n")
+    assert load_schema("nemo12+lang") == NEMO12_LANG
+    assert load_schema(str(own)).keys() == ("quality", "lang")
+    assert load_schema(str(own)).legal_values("quality") == tuple("123456789")
+    assert load_schema(str(own)).complete({}).line == "quality:1,lang:en"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "reason"),
+    [
+        ("a: [", InputError, "not YAML"),
+        ("- 1", InputError, "name, attributes and languages"),
+        ("name: x", FormatMismatchError, "'attributes'"),
+        ("{name: x, attributes: [quality], languages: []}", FormatMismatchError, "not an attribute schema"),
+        ("{name: x, attributes: [], languages: []}", FormatMismatchError, "no attributes"),
+        ("{name: x, attributes: [{name: q, minimum: 5}], languages: []}", FormatMismatchError, "runs from 5 to 4"),
+        ("{name: x, attributes: [{name: q, maximum: high}], languages: []}", FormatMismatchError, "whole numbers"),
+        ("{name: x, attributes: [{name: q, default: 9}], languages: []}", FormatMismatchError, "default 9"),
+        ("{name: x, attributes: [{name: q, minimum: -1}], languages: []}", FormatMismatchError, "'-1'"),
+        ("{name: x, attributes: [{name: q, maximum: 10000}], languages: []}", FormatMismatchError, "1,000 values"),
+        ("{name: x, attributes: [{name: q}, {name: q}], languages: []}", FormatMismatchError, "'q:0'"),
+        ("{name: x, attributes: [{name: 'a,b'}], languages: []}", FormatMismatchError, "'a'"),
+        ("{name: x, attributes: [{name: yes}], languages: []}", FormatMismatchError, "name True"),
+        ("{name: x, attributes: [{name: lang}], languages: []}", FormatMismatchError, "under 'languages'"),
+        ("{name: x, attributes: [{name: q}], languages: ['e,n']}", FormatMismatchError, "'n'"),
+    ],
+)
+def test_a_schema_file_that_is_none_is_refused(tmp_path, text, error, reason):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(text)
+    with pytest.raises(error, match=reason):
+        load_schema(str(bad))
+
+
+def test_a_schema_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: No such file"):
+        load_schema(str(tmp_path / "none.yaml"))
 
 
 def test_a_range_includes_both_ends():

@@ -24,7 +24,7 @@ from json.encoder import encode_basestring  # type: ignore[attr-defined]  # json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes, AttributeSchema, schema_named
+from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes, AttributeSchema
 from steerlm_nemo.conversation import (
     ASSISTANT,
     RECORD_TYPES,
@@ -42,7 +42,7 @@ from steerlm_nemo.data.sources.formats import CHAT, OASST_MESSAGES, OASST_TREES,
 from steerlm_nemo.data.sources.oasst import Message, paths
 from steerlm_nemo.data.sources.oasst_messages import MessageTrees
 from steerlm_nemo.errors import InputError, RecordError
-from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, require_file, require_other_file
+from steerlm_nemo.records import Accounting, RawLine, atomic_output, dump_record, require_other_file
 
 # Python's JSON reader counts two levels per turn, so its default of 1000 refuses a thread of 500 turns.
 DEEPEST_JSON = 10_000
@@ -59,28 +59,6 @@ def shuffled_order(num_trees: int, seed: int) -> Sequence[int]:
     order = array("Q", range(num_trees))
     random.Random(seed).shuffle(order)
     return order
-
-
-def load_schema(name_or_path: str) -> AttributeSchema:
-    """A preset by name, or a YAML file with the fields of `AttributeSchema.to_dict`.
-
-    Raises:
-        InputError: neither a preset nor a readable YAML file; the message lists the presets.
-        FormatMismatchError: the YAML is not a schema.
-    """
-    if Path(name_or_path).suffix not in (".yaml", ".yml"):
-        return schema_named(name_or_path)
-
-    import yaml
-
-    path = require_file(name_or_path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{path}: not YAML: {err}") from err
-    if not isinstance(data, Mapping):
-        raise InputError(f"{path}: an attribute schema has the keys name, attributes and languages; found {data!r}")
-    return AttributeSchema.from_dict(data)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trees import labels, simple_tree
 
-from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.conversation import RECORD_TYPES, SYSTEM_PROMPT
-from steerlm_nemo.data.preprocessing import Filters, Options, load_schema, preprocess, shuffled_order
+from steerlm_nemo.data.preprocessing import Filters, Options, preprocess, shuffled_order
 from steerlm_nemo.data.rows import Lines
-from steerlm_nemo.errors import FormatMismatchError, InputError, RecordError
+from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "preprocessing.py"
@@ -434,24 +433,6 @@ def test_a_whole_run_takes_no_more_memory_for_more_text(tmp_path, monkeypatch, s
 
 
 # --- arguments and files ---
-
-
-def test_a_schema_comes_from_a_preset_or_a_yaml_file(tmp_path):
-    own = tmp_path / "schema.yaml"
-    own.write_text("name: own\nattributes: [{name: quality, maximum: 9}]\nlanguages: [en]\n")
-    assert load_schema("nemo12+lang") == NEMO12_LANG
-    assert load_schema(str(own)).keys() == ("quality", "lang")
-    assert load_schema(str(own)).legal_values("quality") == tuple("0123456789")
-
-
-def test_a_schema_file_that_is_none_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        load_schema(str(tmp_path / "none.yaml"))
-    bad = tmp_path / "bad.yaml"
-    for text, error in (("a: [", InputError), ("- 1", InputError), ("name: x", FormatMismatchError)):
-        bad.write_text(text)
-        with pytest.raises(error):
-            load_schema(str(bad))
 
 
 @pytest.mark.parametrize("prefix_as", ["out", "in"])
