@@ -35,15 +35,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from steerlm_nemo.attributes import load_schema
-    from steerlm_nemo.evaluation.steering_curves import first_prompts, plan, to_grade
-    from steerlm_nemo.records import atomic_output, dump_record, read_records
+    from steerlm_nemo.evaluation.steering_curves import first_prompts, plan, read_answers, to_grade
+    from steerlm_nemo.records import atomic_output, dump_record
 
     if args.num_prompts < 1:
         raise InputError(f"--num_prompts is {args.num_prompts}; at least one is needed")
     if args.prompts_file is not None:
         records = plan(first_prompts(args.prompts_file, args.num_prompts), load_schema(args.schema), args.seed)
     else:
-        records = to_grade(record for _, record in read_records(args.responses_file))
+        records = to_grade(read_answers(args.responses_file))
     with atomic_output(args.output_file) as file:
         for record in records:
             file.write(dump_record(record) + "\n")

@@ -43,7 +43,6 @@ def main() -> None:
     from steerlm_nemo.evaluation import grading as value_model
     from steerlm_nemo.evaluation import steering_curves as steering
     from steerlm_nemo.evaluation.losses import read_losses
-    from steerlm_nemo.records import read_records
     from steerlm_nemo.report import steerlm as report
     from steerlm_nemo.toy.world import read_attributes
 
@@ -52,8 +51,7 @@ def main() -> None:
     if toy and schema != TOY6:
         raise InputError("--responses_file is read by the toy world's reader, which knows --schema toy6 only")
     if toy:
-        answers = (record for _, record in read_records(args.responses_file))
-        steered = steering.read_with(read_attributes, answers)
+        steered = steering.read_with(read_attributes, steering.read_answers(args.responses_file))
     else:
         steered = steering.read_graded(args.graded_responses_file, schema)
     log_dirs = {"value model": args.value_log_dir, "SteerLM model": args.steerlm_log_dir}

@@ -119,6 +119,12 @@ class AttributeSchema:
                 span = f"{legal[0]} to {legal[-1]}" if key != LANG else "one of " + " ".join(legal)
                 raise InputError(f"attribute {key} is {value}, but it must be {span}")
 
+    def known(self, attributes: Attributes) -> Attributes:
+        """Those that this schema has, without `lang`. Raises InputError if a value is outside its range."""
+        known = Attributes(tuple((key, value) for key, value in attributes.items if key in self.names))
+        self.check(known)
+        return known
+
     def order(self, values: Mapping[str, int | str]) -> Attributes:
         """The given values in schema order, checked. Attributes that are not given are left out."""
         for key in values:

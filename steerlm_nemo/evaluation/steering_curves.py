@@ -2,8 +2,8 @@
 
 For each attribute in turn (the *swept* one) every held-out prompt is asked at each of its values. The other
 attributes do not stay at their defaults: at every value of the swept one each of them takes its own values equally
-often, in seeded random order. So a response must be right for many mixtures, and what shows up in another attribute's
-reading (*leakage*) cannot come from the design. SteerLM, arXiv:2310.05344, measured one attribute by one classifier.
+often, in seeded random order. So a response must be right for many mixtures, and what shows up in another attribute
+(*leakage*) cannot come from the design. SteerLM, arXiv:2310.05344, measured one attribute by one classifier.
 
 One line of the plan, and of the responses (which add `response`)::
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from steerlm_nemo.attributes import Attribute, Attributes, AttributeSchema
-from steerlm_nemo.conversation import ASSISTANT, TEXT_TO_VALUE, USER
-from steerlm_nemo.errors import InputError
+from steerlm_nemo.conversation import ASSISTANT, TEXT_TO_VALUE, USER, Conversation, RecordRef
+from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.evaluation.statistics import bootstrap_interval, spearman
 from steerlm_nemo.records import read_records
 
-Reading = Mapping[str, "int | None"]  # grades found in a response; None: unreadable
-Reader = Callable[[str, str], Reading]  # (prompt, response) -> reading
+Found = Mapping[str, "int | None"]  # attributes of a response; None: unreadable
+Reader = Callable[[str, str], Found]  # (prompt, response) -> its attributes
 
 
 def first_prompts(chat_file: str | Path, num_prompts: int) -> list[tuple[str, str]]:
@@ -37,12 +37,14 @@ def first_prompts(chat_file: str | Path, num_prompts: int) -> list[tuple[str, st
 
     Raises:
         InputError: the file has no conversation that a user opens.
+        RecordError: no chat record.
     """
     prompts: dict[str, str] = {}
-    for _, record in read_records(chat_file):
-        opening = record["conversations"][0]
-        if opening["from"] == USER and len(prompts) < num_prompts:
-            prompts.setdefault(opening["value"], record["system"])
+    for ref, record in read_records(chat_file):
+        conversation = Conversation.from_record(record, ref)
+        opening = conversation.turns[0]
+        if opening.role == USER and len(prompts) < num_prompts:
+            prompts.setdefault(opening.text, conversation.system)
     if not prompts:
         raise InputError(f"{chat_file}: no conversation begins with a turn of {USER}, so there is nothing to ask")
     return list(prompts.items())
@@ -81,23 +83,23 @@ def _each_value_equally_often(attribute: Attribute, count: int, rng: random.Rand
 
 @dataclass(frozen=True)
 class Steered:
-    """One answered request and what was read from the response."""
+    """One answered request and the attributes of the response."""
 
     prompt: str
     prompt_number: int
     swept: str
     requested: Mapping[str, int]
     response: str
-    reading: Reading
+    found: Found
 
 
 @dataclass(frozen=True)
 class Steering:
     """One attribute's sweep.
 
-    curve: per requested value the mean reading, its 95 % interval and the number of readings (None, None, 0 where
-    nothing was readable). leakage: rank correlation of this attribute's requested values with every attribute's
-    reading; the own entry is `spearman`.
+    curve: per requested value the mean found, its 95 % interval and the number of readable responses (None, None, 0
+    where there is none). leakage: rank correlation of this attribute's requested values with every attribute found;
+    the own entry is `spearman`.
     """
 
     spearman: float | None
@@ -124,8 +126,8 @@ def _measure_sweep(sweep: Sequence[Steered], attribute: Attribute, schema: Attri
     by_prompt: dict[int, list[Steered]] = defaultdict(list)
     for one in sweep:
         by_prompt[one.prompt_number].append(one)
-    readable = [one for one in sweep if one.reading[name] is not None]
-    num_exact = sum(one.reading[name] == one.requested[name] for one in readable)
+    readable = [one for one in sweep if one.found[name] is not None]
+    num_exact = sum(one.found[name] == one.requested[name] for one in readable)
     return Steering(
         spearman=_correlation(sweep, name, name),
         interval=bootstrap_interval([*by_prompt.values()], lambda groups: _correlation(_flat(groups), name, name)),
@@ -145,29 +147,55 @@ def _flat(groups: Iterable[Any]) -> list[Steered]:
 
 
 def _correlation(sweep: Iterable[Steered], requested: str, read: str) -> float | None:
-    pairs = [(one.requested[requested], one.reading[read]) for one in sweep if one.reading[read] is not None]
-    return spearman([pair[0] for pair in pairs], [float(pair[1] or 0) for pair in pairs]) if pairs else None
+    pairs = [(one.requested[requested], value) for one in sweep if (value := one.found[read]) is not None]
+    return spearman(*zip(*pairs, strict=True)) if pairs else None
 
 
 def _point(
     same_value: Sequence[Steered], name: str, value: int
 ) -> tuple[int, float | None, tuple[float, float] | None, int]:
-    readings = [one.reading[name] for one in same_value]
-    if not readings:
+    found = [one.found[name] for one in same_value]
+    if not found:
         return value, None, None, 0
 
     def mean(values: list[Any]) -> float:
         return float(np.mean(values))
 
-    return value, mean(readings), bootstrap_interval(readings, mean), len(readings)
+    return value, mean(found), bootstrap_interval(found, mean), len(found)
 
 
-def read_with(reader: Reader, responses: Iterable[Mapping[str, Any]]) -> list[Steered]:
+# What an answered request has; True is a bool, and a bool an int.
+_FIELDS = {"prompt": str, "system": str, "attributes": dict, "swept": str, "prompt_number": int, "response": str}
+
+
+def read_answers(responses_file: str | Path) -> Iterator[dict[str, Any]]:
+    """The answered requests of a file.
+
+    Raises:
+        RecordError: one lacks something that a request of the plan, or its answer, has.
+    """
+    return (_require_answer(record, ref) for ref, record in read_records(responses_file))
+
+
+def _require_answer(record: dict[str, Any], ref: RecordRef) -> dict[str, Any]:
+    for key, kind in _FIELDS.items():
+        if type(record.get(key)) is not kind:
+            raise RecordError(
+                f"{ref}: {key!r} of an answered steering request must be of type {kind.__name__}, found "
+                f"{record.get(key)!r}. Make requests with scripts/plan_steering.py, and ask them with "
+                "scripts/steered_inference.py."
+            )
+    if type(record["attributes"].get(record["swept"])) is not int:
+        raise RecordError(f"{ref}: 'attributes' has no whole number for {record['swept']!r}, which is swept")
+    return record
+
+
+def read_with(reader: Reader, answers: Iterable[Mapping[str, Any]]) -> list[Steered]:
     """Answered requests, read by a function such as the toy world's exact reader."""
-    return [_steered(answer, reader(answer["prompt"], answer["response"])) for answer in responses]
+    return [_steered(answer, reader(answer["prompt"], answer["response"])) for answer in answers]
 
 
-def to_grade(responses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def to_grade(answers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Answered requests as chat records, for a value model to grade where no exact reader exists.
 
     The requested line stays outside the turns: the grader must not see it.
@@ -183,21 +211,29 @@ def to_grade(responses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "type": TEXT_TO_VALUE,
             **{key: answer[key] for key in ("prompt", "attributes", "swept", "prompt_number", "response")},
         }
-        for answer in responses
+        for answer in answers
     ]
 
 
 def read_graded(graded_file: str | Path, schema: AttributeSchema) -> list[Steered]:
-    """What a value model found in the responses (`to_grade`, annotated)."""
+    """What a value model found in the responses (`to_grade`, annotated).
+
+    Raises:
+        RecordError: no answered request, or a value off the scale.
+    """
     steered = []
-    for _, record in read_records(graded_file):
-        label = Attributes.parse(record["conversations"][-1].get("label") or "").as_dict()
-        reading = {name: int(label[name]) if name in label else None for name in schema.names}
-        steered.append(_steered(record, reading))
+    for ref, record in read_records(graded_file):
+        last = Conversation.from_record(record, ref).turns[-1]
+        try:
+            attributes = schema.known(last.attributes or Attributes(())).as_dict()
+        except InputError as err:
+            raise RecordError(f"{ref}: {err}") from err
+        found = {name: int(attributes[name]) if name in attributes else None for name in schema.names}
+        steered.append(_steered(_require_answer(record, ref), found))
     return steered
 
 
-def _steered(answer: Mapping[str, Any], reading: Reading) -> Steered:
+def _steered(answer: Mapping[str, Any], found: Found) -> Steered:
     return Steered(
-        answer["prompt"], answer["prompt_number"], answer["swept"], answer["attributes"], answer["response"], reading
+        answer["prompt"], answer["prompt_number"], answer["swept"], answer["attributes"], answer["response"], found
     )

@@ -154,7 +154,7 @@ def _examples_section(results: Results) -> str:
         number = numbers[position % len(numbers)]
         shown = sorted((one for one in sweep if one.prompt_number == number), key=lambda one: one.requested[name])
         rows = "".join(
-            f"<tr><td class=n>{one.requested[name]}<td class=n>{_read(one.reading[name])}"
+            f"<tr><td class=n>{one.requested[name]}<td class=n>{_read(one.found[name])}"
             f"<td>{escape(one.response) or '<i>empty</i>'}<td class=small>{_mixture(one, name)}"
             for one in shown
         )
@@ -167,9 +167,9 @@ def _examples_section(results: Results) -> str:
 
 def _mixture(one: Steered, swept: str) -> str:
     return ", ".join(
-        f"{escape(key)} {value} → {_read(one.reading[key])}"
+        f"{escape(key)} {value} → {_read(one.found[key])}"
         for key, value in one.requested.items()
-        if key != swept and key in one.reading
+        if key != swept and key in one.found
     )
 
 

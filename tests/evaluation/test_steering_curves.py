@@ -5,11 +5,12 @@ import pytest
 
 from steerlm_nemo.attributes import NEMO12_LANG, TOY6
 from steerlm_nemo.conversation import SYSTEM_PROMPT, TEXT_TO_VALUE, Conversation, RecordRef
-from steerlm_nemo.errors import InputError
+from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.evaluation.steering_curves import (
     first_prompts,
     measure,
     plan,
+    read_answers,
     read_graded,
     read_with,
     to_grade,
@@ -132,6 +133,47 @@ def test_garbage_has_no_correlation_rather_than_a_good_one():
     assert all(
         s.spearman is None and s.num_unreadable == s.num_responses and s.interval is None for s in found.values()
     )
+
+
+# --- wrong records --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"response": None}, "'response' of an answered steering request must be of type str, found None"),
+        ({"prompt_number": "0"}, "'prompt_number' .* must be of type int, found '0'"),
+        ({"prompt_number": True}, "must be of type int, found True"),
+        ({"attributes": [4]}, "'attributes' .* must be of type dict"),
+        ({"attributes": {"quality": "4"}, "swept": "quality"}, "no whole number for 'quality'"),
+        ({"swept": "charm"}, "no whole number for 'charm'"),
+    ],
+)
+def test_a_record_that_is_no_answered_request_is_told_with_its_place(tmp_path, change, reason):
+    records = answers(lambda prompt, wanted: "x", PROMPTS[:1])[:2]
+    file = write(tmp_path / "answers.jsonl", [records[0], {**records[1], **change}])
+    with pytest.raises(RecordError, match=rf"answers\.jsonl:2: .*{reason}"):
+        list(read_answers(file))
+    graded = write(tmp_path / "graded.jsonl", [to_grade(records)[0], {**to_grade(records)[1], **change}])
+    with pytest.raises(RecordError, match=rf"graded\.jsonl:2: .*{reason}"):
+        read_graded(graded, TOY6)
+
+
+def test_a_prompt_or_a_graded_response_that_is_no_chat_record_is_told_with_its_place(tmp_path):
+    graded = to_grade(answers(lambda prompt, wanted: "x", PROMPTS[:1])[:1])[0]
+    for broken, reason in (
+        ({**graded, "conversations": []}, "non-empty list"),
+        ({**graded, "conversations": [{"value": 3, "from": "User"}]}, "'value' must be a string"),
+        ({**graded, "system": None}, "'system' must be a string"),
+    ):
+        file = write(tmp_path / "chat.jsonl", [broken])
+        with pytest.raises(RecordError, match=rf"chat\.jsonl:1.*{reason}"):
+            first_prompts(file, 1)
+        with pytest.raises(RecordError, match=rf"chat\.jsonl:1.*{reason}"):
+            read_graded(file, TOY6)
+    graded["conversations"][-1]["label"] = "quality:9"
+    with pytest.raises(RecordError, match=r"chat\.jsonl:1: attribute quality is 9, but it must be 0 to 4"):
+        read_graded(write(file, [graded]), TOY6)
 
 
 # --- responses read by a value model --------------------------------------------------------------------------------
