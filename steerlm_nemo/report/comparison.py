@@ -12,9 +12,9 @@ def comparison_page(comparison: Comparison, title: str) -> str:
     """One page: the table and a confusion table per attribute."""
     figures = []
     for name, grading in comparison.gradings().items():
-        grades = [str(grade) for grade in range(len(grading.confusion))]
-        most = max(max(row) for row in grading.confusion)
-        figures.append(f"<h2>{escape(name)}</h2>{heat_table(grades, grades, grading.confusion, most)}")
+        scale = [str(value) for value in grading.values]
+        table = heat_table(scale, scale, grading.confusion, max(map(max, grading.confusion)))
+        figures.append(f"<h2>{escape(name)}</h2>{table}")
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:4px 9px;text-align:right}"
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{style}</style>"

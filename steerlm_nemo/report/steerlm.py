@@ -181,9 +181,8 @@ def _value_model_section(results: Results) -> str:
     )
     confusions = []
     for name, grading in results.value_model.items():
-        grades = [str(grade) for grade in range(len(grading.confusion))]
-        most = max(max(row) for row in grading.confusion)
-        table = heat_table(grades, grades, grading.confusion, most)
+        scale = [str(value) for value in grading.values]
+        table = heat_table(scale, scale, grading.confusion, max(map(max, grading.confusion)))
         confusions.append(f"<figure><figcaption><b>{escape(name)}</b></figcaption>{table}</figure>")
     return (
         "<h2>Value model</h2><p>Its grades of held-out turns against the grades these turns came with.</p>"

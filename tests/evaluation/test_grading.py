@@ -1,6 +1,6 @@
 import pytest
 
-from steerlm_nemo.attributes import TOY6
+from steerlm_nemo.attributes import TOY6, Attribute, AttributeSchema
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.evaluation.grading import Grading, evaluate
 from steerlm_nemo.records import dump_record
@@ -8,7 +8,7 @@ from steerlm_nemo.records import dump_record
 
 def write(path, turns):
     records = [
-        {"conversations": [{"value": "?", "from": "User"}, {"value": "!", "from": "Assistant", **turn}]}
+        {"conversations": [{"value": "?", "from": "User"}, {"value": "!", "from": "Assistant", **turn}], "system": ""}
         for turn in turns
     ]
     path.write_text("".join(dump_record(record) + "\n" for record in records), encoding="utf-8")
@@ -48,11 +48,33 @@ def test_a_file_without_human_labels_is_refused(tmp_path):
 @pytest.mark.parametrize("label", ["quality:9", "quality", "quality:one"])
 def test_a_label_off_the_scale_is_told_with_its_place(label, tmp_path):
     file = write(tmp_path / "graded.jsonl", [{"label": "quality:1", "gt_label": "quality:1"}, {"label": label}])
-    with pytest.raises(RecordError, match=r"graded\.jsonl:2 turn 1: label"):
+    with pytest.raises(RecordError, match=r"graded\.jsonl:2 turn 1: attribute .*quality"):
         evaluate(file, TOY6)
 
 
 def test_a_constant_predictor_scores_what_chance_gives():
-    grading = Grading.of([(human, 2) for human in range(5)] * 20, num_grades=5)
+    grading = Grading.of({(human, 2): 20 for human in range(5)}, Attribute("quality"))
     assert (grading.exact_match, grading.within_one, grading.mae) == (0.2, 0.6, 1.2)
     assert grading.pearson is None
+
+
+def test_a_scale_that_begins_at_one_has_no_row_for_zero(tmp_path):
+    schema = AttributeSchema("own", (Attribute("quality", 1, 5, 3),))
+    file = write(
+        tmp_path / "graded.jsonl",
+        [{"label": "quality:5", "gt_label": "quality:5"}, {"label": "quality:1", "gt_label": "quality:2"}],
+    )
+    quality = evaluate(file, schema)["quality"]
+    assert quality.values == [1, 2, 3, 4, 5]
+    assert quality.confusion == [[0] * 5, [1, 0, 0, 0, 0], [0] * 5, [0] * 5, [0, 0, 0, 0, 1]]
+    assert (quality.exact_match, quality.mae) == (0.5, 0.5)
+    write(file, [{"label": "quality:0", "gt_label": "quality:1"}])
+    with pytest.raises(RecordError, match="quality is 0, but it must be 1 to 5"):
+        evaluate(file, schema)
+
+
+@pytest.mark.parametrize("truth", [3, ["quality:1"], {"quality": 1}, "quality"])
+def test_a_human_label_that_is_no_line_is_told_with_its_place(truth, tmp_path):
+    file = write(tmp_path / "graded.jsonl", [{"label": "quality:1", "gt_label": truth}])
+    with pytest.raises(RecordError, match=r"graded\.jsonl:1 turn 1: "):
+        evaluate(file, TOY6)

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -35,13 +36,13 @@ def toy_responses(obedient=True):
 @functools.cache
 def toy_results(wrong_share=0.0, obedient=True, toy=True):
     rng = random.Random(1)
-    pairs = [(grade % 5, (grade + (rng.random() < wrong_share)) % 5) for grade in range(300)]
+    pairs = Counter((value % 5, (value + (rng.random() < wrong_share)) % 5) for value in range(300))
     steered = read_with(read_attributes, toy_responses(obedient))
     return Results(
         toy=toy,
         schema=TOY6,
         measured_by=EXACT_READER,
-        value_model={name: Grading.of(pairs, 5) for name in TOY6.names},
+        value_model={attribute.name: Grading.of(pairs, attribute) for attribute in TOY6.attributes},
         steering=measure(steered, TOY6),
         steered=steered,
         stages=[{"name": "world", "seconds": 1.5}, {"name": "train-value", "seconds": 100.0}],
@@ -166,7 +167,7 @@ def graded_file(path, offset):
         {"value": "!", "from": "Assistant", "label": line(grade + offset), "gt_label": line(grade)}
         for grade in range(5)
     ]
-    return write(path, [{"conversations": [turn]} for turn in turns])
+    return write(path, [{"conversations": [turn], "system": ""} for turn in turns])
 
 
 def test_the_script_reports_a_toy_run_and_fails_when_a_bar_is_missed(tmp_path):

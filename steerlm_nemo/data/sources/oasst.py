@@ -119,5 +119,5 @@ def grades(labels: Any, schema: AttributeSchema, ref: RecordRef) -> Attributes:
         if type(value) not in _NUMBERS or not 0 <= value <= 1:
             raise RecordError(f"{ref}: bad label: {name} is {label!r}; its value must be from 0 to 1")
         # Python rounds half to even, as the reference does: 0.625 * 4 -> 2.
-        items.append((name, round(value * attribute.maximum)))
+        items.append((name, attribute.minimum + round(value * (attribute.maximum - attribute.minimum))))
     return Attributes(tuple(items))
