@@ -22,36 +22,14 @@ from steerlm_nemo.errors import exit_with_message
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if "--help" in argv or "-h" in argv:
+    if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return
 
-    from steerlm_nemo import ranks
-    from steerlm_nemo.config import load_config, printable
-    from steerlm_nemo.training import config
-    from steerlm_nemo.training.fingerprint import refuse_foreign_resume
+    from steerlm_nemo.training.command import train
+    from steerlm_nemo.training.methods import METHODS
 
-    show_only = "--cfg" in argv
-    cfg = load_config([arg for arg in argv if arg != "--cfg"], default_name="gpt_sft")
-    config.require_values(cfg)
-    if show_only:
-        print(printable(cfg))
-        return
-    from steerlm_nemo.checkpoint.archive import check_nemo
-
-    base = check_nemo(cfg.model.restore_from_path)
-    config.check(cfg, base)
-    refuse_foreign_resume(cfg)
-    if ranks.should_warn():
-        for warning in config.warnings(cfg, base):
-            print(f"WARNING: {warning}", file=sys.stderr)
-    if not ranks.ranks_exist() and cfg.trainer.num_nodes == 1 and cfg.trainer.devices > 1:
-        sys.exit(ranks.launch_ranks(sys.argv, cfg.trainer.devices))
-
-    from steerlm_nemo.training import sft
-
-    sft.run(cfg)
+    train(sys.argv, METHODS["sft"])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from steerlm_nemo.errors import FormatMismatchError
 from steerlm_nemo.template import ChatTemplate
 
 FORMAT_VERSION = 2
+PROVENANCE_KEY = "steerlm_provenance"  # in `model_config.yaml`: name, base, data and seed of the run that made a model
 
 # What a model can be asked for.
 GENERATE = "generate"  # continue any text

@@ -29,10 +29,14 @@ def ranks_exist() -> bool:
     return os.environ.get("SLURM_PROCID") is not None and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
+def this_rank() -> int:
+    """The number of this process in its job: 0 alone, otherwise what torchrun, Slurm or this module says."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def should_warn() -> bool:
     """Is this the one process of a job that shows warnings about the config?"""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    return rank == 0 and LAUNCHED_HERE not in os.environ
+    return this_rank() == 0 and LAUNCHED_HERE not in os.environ
 
 
 def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:

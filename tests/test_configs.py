@@ -18,6 +18,7 @@ from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.serving.process import resolve
 from steerlm_nemo.toy.llama import TinyLlama
 from steerlm_nemo.training import config as training_config
+from steerlm_nemo.training.methods.sft import SFT
 
 CONFIGS = sorted(CONFIG_DIR.glob("*.yaml"))
 TRAINER_BASE = "gpt_sft"
@@ -111,8 +112,8 @@ def require_trainable(path: Path, overrides: list[str], base: dict[str, Any]) ->
     options = [f"--config-path={path.parent}", f"--config-name={path.stem}"]
     cfg = load_config([*options, *overrides], TRAINER_BASE)
     training_config.require_values(cfg)
-    training_config.check(cfg, base)
-    assert list(training_config.warnings(cfg, base)) == []
+    training_config.check(cfg, base, SFT)
+    assert list(SFT.warnings(cfg, base)) == []
     if cfg.trainer.sft.max_steps > 0:
         training_config.check_schedule(cfg, cfg.trainer.sft.max_steps)
     return cfg

@@ -20,7 +20,7 @@ from steerlm_nemo.checkpoint.tokenizer_files import sentencepiece_facts, tokeniz
 from steerlm_nemo.checkpoint.torch_dist import changed_chunks
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import SteerLMError
-from steerlm_nemo.model_kind import SteerLMFormat
+from steerlm_nemo.model_kind import PROVENANCE_KEY, SteerLMFormat
 
 _ARCHITECTURE_KEYS = (
     *("target", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
@@ -28,7 +28,6 @@ _ARCHITECTURE_KEYS = (
     *("share_embeddings_and_output_weights", "make_vocab_size_divisible_by"),
 )  # fmt: skip
 _PARALLEL_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-TRAINING_KEY = "steerlm_provenance"  # in model_config.yaml: base model, data and seed of a training run
 _SMALL_BYTES = 64 * 2**20  # hashed without being asked; weights only with `verify`
 
 
@@ -56,7 +55,7 @@ def inspect_nemo(path: Path, verify: bool) -> dict[str, Any]:
             attempt("tokenizer", lambda: _tokenizer(nemo))
             attempt("steerlm", lambda: _steerlm(nemo))
             attempt("converted_from", lambda: nemo.config.get(SOURCE_KEY))
-            attempt("trained_from", lambda: nemo.config.get(TRAINING_KEY))
+            attempt("trained_from", lambda: nemo.config.get(PROVENANCE_KEY))
             attempt("members", lambda: _members(nemo, verify))
             attempt("pickles", lambda: _pickles(nemo))
     except SteerLMError as err:

@@ -11,25 +11,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from steerlm_nemo.attributes import digest_of
 from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.training.method import Method
 
 
-def fingerprint(cfg: DictConfig) -> dict[str, Any]:
+def fingerprint(cfg: DictConfig, method: Method) -> dict[str, Any]:
     """What must not change between a run and its resumption.
 
-    The optimizer settings and the length are part of it: a resumed run goes on along the schedule it began with.
+    The optimizer settings and the number of steps are part of it: a resumed run goes on along the schedule it began
+    with.
     """
-    data = cfg.model.data
+    train, settings = method.splits(cfg).train, method.settings(cfg)
     return {
-        "train_file": file_identity(data.train_ds.file_path),
+        "train_file": file_identity(train.file_path),
         "restore_from_path": str(Path(cfg.model.restore_from_path).resolve()),
-        "record_type": data.record_type,
-        "template": OmegaConf.to_container(data.chat_prompt_tokens),
-        "attribute_schema": data.attribute_schema,
-        "global_batch_size": data.train_ds.global_batch_size,
-        "group_by_length": data.train_ds.group_by_length,
-        "max_seq_length": data.train_ds.max_seq_length,
-        "max_steps": cfg.trainer.sft.max_steps,
-        "max_epochs": cfg.trainer.sft.max_epochs,
+        "method": method.name,
+        **method.identity(cfg),
+        "global_batch_size": train.global_batch_size,
+        "group_by_length": train.group_by_length,
+        "max_steps": settings.max_steps,
+        "max_epochs": settings.max_epochs,
         "optim": OmegaConf.to_container(cfg.model.optim, resolve=True),
         "seed": cfg.model.seed,
     }
@@ -42,7 +42,7 @@ def file_identity(path: str) -> dict[str, Any]:
     return {"path": str(Path(path).resolve()), "bytes": os.path.getsize(path), "head": digest_of({"h": head.hex()})}
 
 
-def refuse_foreign_resume(cfg: DictConfig) -> None:
+def refuse_foreign_resume(cfg: DictConfig, method: Method) -> None:
     """Resuming somebody else's run would end at once, or go on with other data (D-04).
 
     Raises:
@@ -52,7 +52,7 @@ def refuse_foreign_resume(cfg: DictConfig) -> None:
     run_file = log_dir / "checkpoints" / "run.json"
     if not run_file.is_file() or not cfg.exp_manager.resume_if_exists:
         return
-    before, now = json.loads(run_file.read_text()), json.loads(json.dumps(fingerprint(cfg)))
+    before, now = json.loads(run_file.read_text()), json.loads(json.dumps(fingerprint(cfg, method)))
     differing = [key for key in now if before.get(key) != now[key]]
     if differing:
         sides = "\n".join(f"  {key}: that run {before.get(key)!r}, this one {now[key]!r}" for key in differing)

@@ -1,19 +1,20 @@
-"""NeMo-Aligner's supervised trainer with tokens per second, a guard against NaN, and a stop that saves."""
+"""NeMo-Aligner's supervised trainer with tokens per second, a guard against NaN, and a stop that saves.
+
+Imported after `compat.prepare`.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
-from nemo_aligner.data.nlp.builders import MegatronPretrainingRandomBatchSampler
+from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.distributed import Timer
 
 from steerlm_nemo.errors import SteerLMError
-from steerlm_nemo.training.batching import grouped_by_length
 
 
 class RunTimer(Timer):
@@ -30,38 +31,17 @@ class RunTimer(Timer):
         return super().is_finished()
 
 
-class LengthGroupedSampler(MegatronPretrainingRandomBatchSampler):
-    """Aligner's random batches, made of similar lengths. `lengths` are the samples', in tokens."""
-
-    def __init__(self, lengths: Sequence[int], **options: Any) -> None:
-        super().__init__(total_samples=len(lengths), **options)
-        self.lengths = lengths
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.total_samples - self.last_batch_size
-        self.epoch, done = divmod(self.consumed_samples, per_epoch)
-        batches = grouped_by_length(self.lengths, self._global_batch_size, self.seed + self.epoch)
-        for batch in batches[done // self._global_batch_size :]:
-            self.consumed_samples += self._global_batch_size
-            yield batch[self.data_parallel_rank :: self.data_parallel_size]
-
-
-class SFTTrainer(SupervisedTrainer):
+class GuardedTrainer(SupervisedTrainer):
     """Adds `tokens_per_s` (unpadded tokens of all data-parallel ranks) to the metrics of every step."""
 
     def train_single_step(self, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, Any]]:
         started = time.monotonic()
         loss, metrics = super().train_single_step(batch)
         require_finite(loss, self.step)
-        num_tokens = batch["tokens"].ne(self.model.tokenizer.eos_id).sum().item() * self._num_replicas()
+        num_tokens = batch["tokens"].ne(self.model.tokenizer.eos_id).sum().item()
+        num_tokens *= parallel_state.get_data_parallel_world_size()
         metrics["tokens_per_s"] = round(num_tokens / (time.monotonic() - started))
         return loss, metrics
-
-    @staticmethod
-    def _num_replicas() -> int:
-        from nemo_aligner.utils import parallel_state
-
-        return parallel_state.get_data_parallel_world_size()
 
 
 def require_finite(loss: float, step: int) -> None:

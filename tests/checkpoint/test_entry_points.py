@@ -18,7 +18,7 @@ from llamas import ROOT
 
 from steerlm_nemo.checkpoint.archive import extract_nemo
 from steerlm_nemo.errors import SteerLMError
-from steerlm_nemo.training.sft import check_resumable
+from steerlm_nemo.training.resume import check_resumable
 
 CANARY = Path(f"/tmp/steerlm-entry-canary-{os.getpid()}")
 GIGABYTES_100 = 100 * 2**30
@@ -232,7 +232,8 @@ def test_a_run_refuses_a_hostile_checkpoint_in_its_log_folder(
 ) -> None:
     """The training script on a sound base whose log folder holds something to resume from."""
     from steerlm_nemo.config import load_config
-    from steerlm_nemo.training import sft
+    from steerlm_nemo.training import run as training
+    from steerlm_nemo.training.methods import METHODS
 
     log_dir = tmp_path / "log"
     (log_dir / "checkpoints").mkdir(parents=True)
@@ -240,8 +241,8 @@ def test_a_run_refuses_a_hostile_checkpoint_in_its_log_folder(
     build(genuine, name, "folder", tmp_path / "made").rename(log_dir / "checkpoints" / "step=4-last")
     argv = [f"model.restore_from_path={llama_nemo}", f"exp_manager.explicit_log_dir={log_dir}"]
     argv += [f"model.data.{part}.file_path={__file__}" for part in ("train_ds", "validation_ds")]
-    monkeypatch.setattr(sft, "prepare", lambda: pytest.fail("NeMo was started"))
+    monkeypatch.setattr(training, "prepare", lambda: pytest.fail("NeMo was started"))
     with pytest.raises(SteerLMError) as refusal:
-        sft.run(load_config(argv, default_name="gpt_sft"))
+        training.run(load_config(argv, "gpt_sft"), METHODS["sft"])
     assert str(IN_A_FILE[name][-1]) in str(refusal.value)
     assert not CANARY.exists()

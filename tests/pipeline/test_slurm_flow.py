@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from steerlm_nemo.training.sft import EXIT_STOPPED_EARLY
+from steerlm_nemo.training.resume import EXIT_STOPPED_EARLY
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "containers" / "slurm" / "steerlm_flow.sbatch"

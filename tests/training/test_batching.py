@@ -67,7 +67,7 @@ def sampler() -> Any:
     from steerlm_nemo.compat import prepare
 
     prepare()
-    from steerlm_nemo.training.trainer import LengthGroupedSampler
+    from steerlm_nemo.training.loaders import LengthGroupedSampler
 
     def make(consumed_samples: int = 0, rank: int = 0, size: int = 1) -> Any:
         return LengthGroupedSampler(

@@ -11,6 +11,7 @@ from steerlm_nemo.config import CONFIG_DIR, load_config
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.training import config as training_config
 from steerlm_nemo.training.fingerprint import fingerprint, refuse_foreign_resume
+from steerlm_nemo.training.methods.sft import SFT
 
 BASE = {
     "encoder_seq_length": 128,
@@ -36,7 +37,7 @@ def good(tmp_path: Path) -> list[str]:
 def checked(args: list[str], base: dict[str, Any] | None = None) -> Any:
     cfg = load_config(args, "gpt_sft")
     training_config.require_values(cfg)
-    training_config.check(cfg, base or BASE)
+    training_config.check(cfg, base or BASE, SFT)
     return cfg
 
 
@@ -143,13 +144,13 @@ def test_markers_that_a_shell_stripped_are_taken_as_bytes_with_a_warning(good: l
     """D-01: turn_start=\\x11 unquoted arrives as the three letters x11."""
     cfg = checked([*good, "model.data.chat_prompt_tokens.turn_start=x11"])
     assert training_config.read_template(cfg).turn_start == "\x11"
-    assert any("shell ate the backslash" in warning for warning in training_config.warnings(cfg, BASE))
+    assert any("shell ate the backslash" in warning for warning in SFT.warnings(cfg, BASE))
 
 
 def test_a_validation_window_wider_than_training_is_warned_of(good: list[str]) -> None:
     """The tutorial's 4906 for 4096."""
     cfg = checked([*good, "model.data.train_ds.max_seq_length=64", "model.data.validation_ds.max_seq_length=96"])
-    assert any("validation_ds.max_seq_length 96" in warning for warning in training_config.warnings(cfg, BASE))
+    assert any("validation_ds.max_seq_length 96" in warning for warning in SFT.warnings(cfg, BASE))
 
 
 def test_a_folder_with_another_run_is_not_resumed(good: list[str], tmp_path: Path) -> None:
@@ -157,11 +158,11 @@ def test_a_folder_with_another_run_is_not_resumed(good: list[str], tmp_path: Pat
     import json
 
     cfg = checked(good)
-    refuse_foreign_resume(cfg)  # nothing there: nothing to refuse
+    refuse_foreign_resume(cfg, SFT)  # nothing there: nothing to refuse
     checkpoints = tmp_path / "log" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    (checkpoints / "run.json").write_text(json.dumps(fingerprint(cfg)))
-    refuse_foreign_resume(cfg)  # the same run
+    (checkpoints / "run.json").write_text(json.dumps(fingerprint(cfg, SFT)))
+    refuse_foreign_resume(cfg, SFT)  # the same run
     (tmp_path / "train.jsonl").write_text("other data")
     with pytest.raises(ConfigError, match="holds another run.*\n  train_file: that run"):
-        refuse_foreign_resume(cfg)
+        refuse_foreign_resume(cfg, SFT)

@@ -168,7 +168,7 @@ def test_fewer_records_than_a_batch_is_one_clear_message(
     few = write_records(tmp_path / "few.jsonl", 5, "TEXT_TO_VALUE")
     result = train(*overrides(base_nemo, {**records, "train": few}, tmp_path / "log"))
     assert result.returncode == 2
-    assert "has 5 usable conversations, fewer than model.data.train_ds.global_batch_size 16" in result.stderr
+    assert "has 5 usable records, fewer than model.data.train_ds.global_batch_size 16" in result.stderr
     assert "Traceback" not in result.stderr
     assert not nemo_of(tmp_path / "log").exists()
 
