@@ -9,11 +9,15 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from steerlm_nemo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "nemo_configs"
 
@@ -43,23 +47,45 @@ def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
         raise ConfigError(f"no config {name!r} in {directory}; there are: {known}")
     if not OmegaConf.has_resolver("multiply"):
         OmegaConf.register_new_resolver("multiply", lambda a, b: a * b)
+    parsed = [_parse(override) for override in overrides]
     try:
         with initialize_config_dir(version_base=None, config_dir=str(directory)):
             # A user's own YAML elsewhere may build on ours: `defaults: [gpt_sft, _self_]`.
             ours = [f"hydra.searchpath=[file://{CONFIG_DIR}]"]
             cfg = compose(config_name=name, overrides=[*ours, *overrides])
     except HydraException as err:
-        raise ConfigError(_explain(err, directory / f"{name}.yaml", overrides)) from err
+        raise ConfigError(_explain(err, directory / f"{name}.yaml")) from err
     except yaml.YAMLError as err:
         raise ConfigError(f"config {name} of {directory} is not valid YAML: {' '.join(str(err).split())}") from err
-    _refuse_unknown_keys(cfg, directory / f"{name}.yaml", default_name, overrides)
+    added = tuple(override.key_or_group for override in parsed if override.is_add() or override.is_force_add())
+    _refuse_unknown_keys(cfg, directory / f"{name}.yaml", default_name, added)
     return cfg
 
 
-def _refuse_unknown_keys(cfg: DictConfig, path: Path, default_name: str, overrides: Sequence[str]) -> None:
+def _parse(override: str) -> Override:
+    """One override in Hydra's grammar. Raises ConfigError naming the one that is not."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as err:
+        how = "quote its value" if "=" in override else "settings are written key=value; a value with blanks is quoted"
+        raise ConfigError(
+            f"cannot parse the override {override!r}: {how}, for example \"key='<extra_id_0>'\". "
+            f"({' '.join(str(err).split())})"
+        ) from err
+    if parsed.is_sweep_override():
+        key, _, value = override.partition("=")
+        raise ConfigError(
+            f"{override!r} gives {key} several values: quote it, \"{key}='{value}'\", or write a list, [...]"
+        )
+    return parsed
+
+
+def _refuse_unknown_keys(cfg: DictConfig, path: Path, default_name: str, added: tuple[str, ...]) -> None:
     """Hydra checks the keys of overrides only: a key misspelt inside a YAML file would just have no effect."""
     known = set(_all_keys(CONFIG_DIR / f"{default_name}.yaml"))
-    added = tuple(override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+"))
     defaults = _compose(CONFIG_DIR / f"{default_name}.yaml")
     for key in _flatten(cfg, ""):
         is_added = any(f"{key}.".startswith(f"{a}.") or a.startswith(f"{key}.") for a in added)
@@ -91,16 +117,13 @@ def _refuse_wrong_type(key: str, value: object, default: object) -> None:
         raise ConfigError(f"{key} is {value!r}; it must be {kind}")
 
 
-def _explain(err: Exception, path: Path, overrides: Sequence[str]) -> str:
+def _explain(err: Exception, path: Path) -> str:
     text = " ".join(str(err).split())
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1].lstrip("+")
         near = difflib.get_close_matches(key, _all_keys(path), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         return f"unknown config key {key}{hint} To add a key on purpose, write +{key}=..."
-    if "LexerNoViableAltException" in text or "mismatched input" in text or "token recognition" in text:
-        marked = next((o for o in overrides if "<" in o or "\\" in o), overrides[0] if overrides else "")
-        return f"cannot parse the override {marked!r}: quote its value, for example \"key='<extra_id_0>'\". ({text})"
     return f"{path}: {text}"
 
 

@@ -79,9 +79,20 @@ def test_a_text_where_a_number_belongs_is_refused(override: str, message: str) -
         load_config([override], "gpt_sft")
 
 
-def test_an_unquoted_angle_bracket_says_to_quote() -> None:
-    with pytest.raises(ConfigError, match="quote its value"):
-        load_config(["model.data.chat_prompt_tokens.turn_start=<extra_id_1>"], "gpt_sft")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("model.data.chat_prompt_tokens.turn_start=<extra_id_1>", "quote its value"),
+        ("model.optim.betas=[0.9,0.98", "quote its value"),
+        ("trainer.devices", "settings are written key=value"),
+        ("name=a,b", "several values: quote it"),
+    ],
+)
+def test_the_override_that_does_not_parse_is_the_one_that_is_blamed(wrong: str, message: str) -> None:
+    right = ["trainer.devices=2", r"model.data.chat_prompt_tokens.label_start=\x12", "model.optim.lr=1e-4"]
+    with pytest.raises(ConfigError, match=message) as err:
+        load_config([*right, wrong, "trainer.num_nodes=1"], "gpt_sft")
+    assert repr(wrong) in str(err.value) and not any(other in str(err.value) for other in right)
 
 
 def test_a_missing_config_lists_those_there_are() -> None:
