@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from steerlm_nemo.accepted_keys import ACCEPTED
 from steerlm_nemo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
     """Compose a config of nemo_configs/ with the overrides of the command line.
 
     Raises:
-        ConfigError: no such config, YAML or an override that does not parse, or an unknown key (the nearest is named).
+        ConfigError: no such config, YAML or an override that does not parse, an unknown key (the nearest is named), or
+            a value that would silently have no effect.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -59,6 +61,7 @@ def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
         raise ConfigError(f"config {name} of {directory} is not valid YAML: {' '.join(str(err).split())}") from err
     added = tuple(override.key_or_group for override in parsed if override.is_add() or override.is_force_add())
     _refuse_unknown_keys(cfg, directory / f"{name}.yaml", default_name, added)
+    _refuse_without_effect(cfg, default_name)
     return cfg
 
 
@@ -85,7 +88,7 @@ def _parse(override: str) -> Override:
 
 def _refuse_unknown_keys(cfg: DictConfig, path: Path, default_name: str, added: tuple[str, ...]) -> None:
     """Hydra checks the keys of overrides only: a key misspelt inside a YAML file would just have no effect."""
-    known = set(_all_keys(CONFIG_DIR / f"{default_name}.yaml"))
+    known = set(all_keys(CONFIG_DIR / f"{default_name}.yaml"))
     defaults = _compose(CONFIG_DIR / f"{default_name}.yaml")
     for key in _flatten(cfg, ""):
         is_added = any(f"{key}.".startswith(f"{a}.") or a.startswith(f"{key}.") for a in added)
@@ -95,6 +98,18 @@ def _refuse_unknown_keys(cfg: DictConfig, path: Path, default_name: str, added: 
             raise ConfigError(f"{path}: unknown config key {key}{hint}")
         if key in known:
             _refuse_wrong_type(key, _raw(cfg, key), _raw(defaults, key))
+
+
+def _refuse_without_effect(cfg: DictConfig, default_name: str) -> None:
+    """Values that the reference has a use for and this project has none."""
+    problems = []
+    for key, accepted in ACCEPTED.get(default_name, {}).items():
+        value = OmegaConf.select(cfg, key, default=None)
+        if accepted.values is not None and value not in accepted.values:
+            left = " or ".join("null" if value is None else str(value) for value in accepted.values)
+            problems.append(f"{key} is {value!r}, which would have no effect: {accepted.why}. Leave it at {left}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _raw(cfg: DictConfig, key: str) -> object:
@@ -121,7 +136,7 @@ def _explain(err: Exception, path: Path) -> str:
     text = " ".join(str(err).split())
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1].lstrip("+")
-        near = difflib.get_close_matches(key, _all_keys(path), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, all_keys(path), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "."
         return f"unknown config key {key}{hint} To add a key on purpose, write +{key}=..."
     return f"{path}: {text}"
@@ -134,7 +149,8 @@ def _compose(path: Path) -> DictConfig:
         return compose(config_name=path.stem)
 
 
-def _all_keys(path: Path) -> list[str]:
+def all_keys(path: Path) -> list[str]:
+    """Every key of a config file, sections and values."""
     return list(_flatten(_compose(path), ""))
 
 

@@ -126,6 +126,16 @@ class SteerLMFormat:
         except (KeyError, TypeError) as err:
             raise FormatMismatchError(f"not a SteerLM format: {err}. Found keys: {sorted(data)}") from err
 
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> SteerLMFormat | None:
+        """The format in a `model_config.yaml`; None where no trainer of this project has written one.
+
+        Raises:
+            FormatMismatchError: as `from_dict`.
+        """
+        stored = config.get(cls.CONFIG_KEY)
+        return cls.from_dict(stored) if stored is not None else None
+
     def steering_prompt(self, conversation: Conversation, attributes: Attributes) -> str:
         """Text after which the model responds to a conversation at these attributes."""
         return self.template.steering_prompt(conversation, ASSISTANT, attributes.line)

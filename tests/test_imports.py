@@ -13,7 +13,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "steerlm_nemo"
 # From the ground up. A room (a folder, or a file beside the folders) may import rooms that stand above it in this list.
 ORDER = (
     # what every step speaks
-    *("errors", "flags", "config", "attributes", "conversation", "records", "messages", "template", "tokenizer"),
+    *(
+        "errors",
+        "flags",
+        "accepted_keys",
+        "config",
+        "attributes",
+        "conversation",
+        "records",
+        "messages",
+        "template",
+        "tokenizer",
+    ),
     "model_kind",  # what a model answers, and how it is trained
     "ranks",  # processes of one job
     "workers",  # processes that share work

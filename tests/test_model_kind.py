@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from version_1 import stored_format
 
 from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG
 from steerlm_nemo.errors import FormatMismatchError
@@ -22,22 +23,6 @@ from steerlm_nemo.model_kind import (
 from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate
 
 FORMAT = SteerLMFormat(ChatTemplate(), NEMO12_LANG, STEERLM)
-# As this project wrote it up to format version 1.
-VERSION_1 = r"""
-{
- "version": 1,
- "record_type": "TEXT_TO_VALUE",
- "template": {"system_turn_start": "\u0000", "turn_start": "\u0011", "label_start": "\u0012",
-  "end_of_turn": "\n", "end_of_name": "\n"},
- "schema": {"name": "helpsteer5", "languages": [], "attributes": [
-  {"name": "helpfulness", "minimum": 0, "maximum": 4, "default": 4},
-  {"name": "correctness", "minimum": 0, "maximum": 4, "default": 4},
-  {"name": "coherence", "minimum": 0, "maximum": 4, "default": 4},
-  {"name": "complexity", "minimum": 0, "maximum": 4, "default": 4},
-  {"name": "verbosity", "minimum": 0, "maximum": 4, "default": 4}]},
- "digest": "b1993ef3bd23ecc8"
-}
-"""
 
 
 def test_a_format_survives_json():
@@ -45,7 +30,7 @@ def test_a_format_survives_json():
 
 
 def test_a_format_of_version_1_is_read_as_the_kind_its_records_made():
-    stored = json.loads(VERSION_1)
+    stored = stored_format()
     assert SteerLMFormat.from_dict(stored) == SteerLMFormat(ChatTemplate(), HELPSTEER5, GRADER)
     with pytest.raises(FormatMismatchError, match="edited by hand"):
         SteerLMFormat.from_dict({**stored, "record_type": "VALUE_TO_TEXT"})

@@ -1,14 +1,23 @@
-"""Telling one model from another: a short name for what a `.nemo` holds, however it is packed."""
+"""Telling one model from another: what a `.nemo` is called, and a digest of what it holds, however it is packed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 
 from steerlm_nemo.checkpoint.archive import NemoFile
+from steerlm_nemo.model_kind import PROVENANCE_KEY
 
 _WHOLE_BYTES = 2**20
 _NUM_BLOCKS, _BLOCK_BYTES = 256, 4096
+
+
+def name_of(nemo: NemoFile) -> str:
+    """The name of the run that made the model, where one did; otherwise the file's, without its ending."""
+    provenance = nemo.config.get(PROVENANCE_KEY)
+    stored = provenance.get("name") if isinstance(provenance, Mapping) else None
+    return stored if isinstance(stored, str) and stored else nemo.path.resolve().stem
 
 
 def identity(nemo: NemoFile) -> str:

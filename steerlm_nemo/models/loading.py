@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo
-from steerlm_nemo.checkpoint.identity import identity
+from steerlm_nemo.checkpoint.identity import identity, name_of
 from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer, localise_tokenizer
 from steerlm_nemo.compat import Capabilities, prepare, quiet_logs
 from steerlm_nemo.errors import CheckpointError, ConfigError
@@ -29,6 +29,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class LoadedModel:
     """A model in eval mode with what its checkpoint says about it."""
 
+    name: str
     nemo_model: Any  # MegatronGPTModel; `.model` is the Megatron Core GPTModel of this rank
     tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer
     config: dict[str, Any]  # model_config.yaml
@@ -63,7 +64,7 @@ def check_parallelism(config: Mapping[str, Any], tp_size: int, pp_size: int, num
 def load_for_inference(path: str | Path, tensor_model_parallel_size: int = 1, precision: str = "32") -> LoadedModel:
     """Load a `.nemo` on this rank; torch.distributed is up when this returns.
 
-    Called by every rank of the job (see `training.launch`); alone, it is a job of one rank.
+    Called by every rank of the job (see `ranks`); alone, it is a job of one rank.
 
     Raises:
         CheckpointError: the file is unsafe, damaged or not a GPT of Megatron Core.
@@ -121,12 +122,12 @@ def load_for_inference(path: str | Path, tensor_model_parallel_size: int = 1, pr
             strict=True,
         )
         tokenizer = load_tokenizer(nemo)
-        raw_format = nemo.config.get(SteerLMFormat.CONFIG_KEY)
         loaded = LoadedModel(
+            name=name_of(nemo),
             nemo_model=model,
             tokenizer=tokenizer,
             config=nemo.config,
-            format=SteerLMFormat.from_dict(raw_format) if raw_format else None,
+            format=SteerLMFormat.of_config(nemo.config),
             tp_size=tensor_model_parallel_size,
             precision=precision,
             capabilities=capabilities,

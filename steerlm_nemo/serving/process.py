@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -65,7 +64,7 @@ def run(cfg: DictConfig) -> None:
     precision = cfg.trainer.precision or ("bf16" if torch.cuda.is_available() else "32")
     precision = str(precision).removesuffix("-mixed")
     loaded = load_for_inference(cfg.gpt_model_file, cfg.tensor_model_parallel_size, precision)
-    engine = MegatronEngine(loaded, Path(cfg.gpt_model_file).stem, settings)
+    engine = MegatronEngine(loaded, str(cfg.served_model_name or loaded.name), settings)
     # A step makes thousands of small tuples and no cycles; looking through them after every 700 is time for nothing.
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

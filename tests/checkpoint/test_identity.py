@@ -25,6 +25,17 @@ def test_it_is_the_same_however_the_checkpoint_is_packed(llama_nemo: Path, tmp_p
     assert len(identity(llama_nemo)) == 16
 
 
+def test_a_model_has_the_name_of_its_run_or_that_of_its_file(llama_nemo: Path, tmp_path: Path) -> None:
+    config = extract_nemo(llama_nemo, tmp_path / "judge.nemo") / "model_config.yaml"
+    with open_nemo(tmp_path / "judge.nemo") as nemo:
+        assert module.name_of(nemo) == "judge"
+    before = config.read_text()
+    for provenance, name in (("{name: value}", "value"), ("{base: llama.nemo}", "judge"), ("[]", "judge")):
+        config.write_text(f"{before}steerlm_provenance: {provenance}\n")
+        with open_nemo(tmp_path / "judge.nemo") as nemo:
+            assert module.name_of(nemo) == name
+
+
 def test_other_weights_another_tokenizer_or_config_are_another_model(
     make_llama: MakeLlama, llama_nemo: Path, tmp_path: Path
 ) -> None:

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import ROOT, write_records
+from version_1 import stored_format
 
+from steerlm_nemo.checkpoint.archive import extract_nemo, write_nemo
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 
@@ -50,6 +53,17 @@ def base_nemo(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         capture_output=True,
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def version_1_nemo(base_nemo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A value model as a training of ours left it while formats had version 1."""
+    folder = tmp_path_factory.mktemp("version-1")
+    config = extract_nemo(base_nemo, folder / "staged") / "model_config.yaml"
+    stored = {"steerlm": stored_format(), "steerlm_provenance": {"base": "llama.nemo", "seed": 1234}}
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **stored}))
+    write_nemo(folder / "staged", folder / "old_value.nemo")
+    return folder / "old_value.nemo"
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ def test_values_that_must_be_given_are_all_named() -> None:
         ("trainer.precision=fp8", "use one of 32"),
         ("model.context_parallel_size=2", "x context_parallel_size 2 = 2 ranks"),
         ("exp_manager.checkpoint_callback_params.filename=x", "lacks {step}"),
+        ("+trainer.sft.inference_metrics={}", "it does not generate"),
     ],
 )
 def test_what_cannot_run_is_refused(good: list[str], override: str, message: str) -> None:
@@ -164,10 +166,30 @@ def test_a_validation_window_wider_than_training_is_warned_of(good: list[str]) -
     assert any("validation_ds.max_seq_length 96" in warning for warning in SFT.warnings(cfg, BASE))
 
 
+def test_a_model_is_called_after_its_run(good: list[str]) -> None:
+    """Two models of a flow have two log folders, and one name of the file."""
+    assert training_config.model_name(load_config(good, "gpt_sft"), SFT) == "log"
+    assert training_config.model_name(load_config([*good, "name=judge"], "gpt_sft"), SFT) == "judge"
+
+
+def own_schema(path: Path, maximum: int) -> list[str]:
+    attributes = [{"name": "quality", "minimum": 0, "maximum": maximum, "default": 0}]
+    path.write_text(json.dumps({"name": "own", "languages": [], "attributes": attributes}))
+    return [f"model.data.attribute_schema={path}"]
+
+
+def test_a_schema_may_be_a_file_whose_content_identifies_the_run(good: list[str], tmp_path: Path) -> None:
+    cfg = checked([*good, *own_schema(tmp_path / "own.yaml", 9)])
+    assert training_config.read_schema(cfg).legal_values("quality") == tuple("0123456789")
+    before = fingerprint(cfg, SFT)
+    own_schema(tmp_path / "own.yaml", 5)
+    assert {key for key, value in fingerprint(cfg, SFT).items() if value != before[key]} == {"attribute_schema"}
+    with pytest.raises(ConfigError, match="attribute schema .*none.yaml: No such file"):
+        checked([*good, f"model.data.attribute_schema={tmp_path}/none.yaml"])
+
+
 def test_a_folder_with_another_run_is_not_resumed(good: list[str], tmp_path: Path) -> None:
     """D-04: the tutorial trains both models in one folder, and the second ends at once."""
-    import json
-
     cfg = checked(good)
     refuse_foreign_resume(cfg, SFT)  # nothing there: nothing to refuse
     checkpoints = tmp_path / "log" / "checkpoints"

@@ -16,6 +16,7 @@ from runs import losses, overrides, train, train_command, write_records
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config
+from steerlm_nemo.checkpoint.identity import name_of
 from steerlm_nemo.model_kind import GRADER, SteerLMFormat
 from steerlm_nemo.template import ChatTemplate
 
@@ -72,6 +73,8 @@ def test_the_result_says_what_it_was_trained_for(finished: Path, base_nemo: Path
     # What was switched off for this machine must be on for the next one.
     assert config["transformer_engine"] is True and config["optim"]["name"] == "distributed_fused_adam"
     assert config["steerlm_provenance"]["base"] == str(base_nemo)
+    with open_nemo(nemo_of(finished)) as nemo:
+        assert name_of(nemo) == finished.name  # the files of two models of a flow have the same
     changed, base = weights(nemo_of(finished)), weights(base_nemo)
     assert changed.keys() == base.keys()
     assert all(not torch.equal(changed[key], base[key]) for key in base)

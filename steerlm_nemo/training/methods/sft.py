@@ -29,6 +29,8 @@ def _problems(cfg: DictConfig) -> Iterator[str]:
     data = cfg.model.data
     if not data.chat:
         yield "model.data.chat is False; this program trains on conversations only"
+    if cfg.trainer.sft.get("inference_metrics") is not None:
+        yield "trainer.sft.inference_metrics: validation measures the loss; it does not generate"
     if data.record_type not in (None, *RECORD_TYPES):
         yield f"model.data.record_type is {data.record_type!r}; it must be {' or '.join(RECORD_TYPES)} or null"
     for key in ("train_ds", "validation_ds"):
