@@ -37,9 +37,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from steerlm_nemo.checkpoint.archive import open_nemo
     from steerlm_nemo.checkpoint.to_hf import export, plan_export
+    from steerlm_nemo.model_kind import SteerLMFormat
 
     with open_nemo(args.nemo) as nemo:
-        export(plan_export(nemo), args.out, lambda line: print(line, flush=True))
+        plan = plan_export(nemo)
+        if (fmt := SteerLMFormat.of_config(nemo.config)) is not None:
+            report(f"this is {fmt.kind.title}; its markers and attribute schema {fmt.schema.name} stay in the .nemo")
+        export(plan, args.out, report)
+
+
+def report(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

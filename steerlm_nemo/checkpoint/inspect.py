@@ -13,6 +13,7 @@ from typing import Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile, check_weights, open_nemo
 from steerlm_nemo.checkpoint.from_hf import gigabytes
+from steerlm_nemo.checkpoint.identity import name_of
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY
 from steerlm_nemo.checkpoint.mapping import RULES
 from steerlm_nemo.checkpoint.safety import CONFIG_NAME
@@ -20,7 +21,7 @@ from steerlm_nemo.checkpoint.tokenizer_files import sentencepiece_facts, tokeniz
 from steerlm_nemo.checkpoint.torch_dist import changed_chunks
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import SteerLMError
-from steerlm_nemo.model_kind import PROVENANCE_KEY, SteerLMFormat
+from steerlm_nemo.model_kind import KINDS, PROVENANCE_KEY, SteerLMFormat
 
 _ARCHITECTURE_KEYS = (
     *("target", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
@@ -53,6 +54,7 @@ def inspect_nemo(path: Path, verify: bool) -> dict[str, Any]:
             attempt("written_at", lambda: {key: nemo.config.get(key) for key in (*_PARALLEL_KEYS, "nemo_version")})
             attempt("weights", lambda: _weights(nemo, verify, damage))
             attempt("tokenizer", lambda: _tokenizer(nemo))
+            attempt("name", lambda: name_of(nemo))
             attempt("steerlm", lambda: _steerlm(nemo))
             attempt("converted_from", lambda: nemo.config.get(SOURCE_KEY))
             attempt("trained_from", lambda: nemo.config.get(PROVENANCE_KEY))
@@ -117,8 +119,8 @@ def _tokenizer(nemo: NemoFile) -> dict[str, Any]:
 
 
 def _steerlm(nemo: NemoFile) -> dict[str, Any] | None:
-    stored = nemo.config.get(SteerLMFormat.CONFIG_KEY)
-    return SteerLMFormat.from_dict(stored).to_dict() if stored is not None else None
+    stored = SteerLMFormat.of_config(nemo.config)
+    return stored.to_dict() if stored is not None else None
 
 
 def _pickles(nemo: NemoFile) -> str:
@@ -141,7 +143,8 @@ def _members(nemo: NemoFile, verify: bool) -> dict[str, dict[str, Any]]:
 
 def render(facts: dict[str, Any]) -> str:
     """The facts as text for a terminal, damage last."""
-    lines = [f"{facts['path']}  {gigabytes(facts.get('num_bytes', 0))}"]
+    called = f"  {facts['name']}" if "name" in facts else ""
+    lines = [f"{facts['path']}  {gigabytes(facts.get('num_bytes', 0))}{called}"]
 
     def section(title: str, entries: dict[str, Any]) -> None:
         if not entries:  # damaged; what is wrong with it follows
@@ -156,13 +159,13 @@ def render(facts: dict[str, Any]) -> str:
         section("tensors", weights["tensors"])
     section("tokenizer", facts.get("tokenizer") or {})
     if steerlm := facts.get("steerlm"):
-        schema = steerlm["schema"]
+        schema, kind = steerlm["schema"], KINDS[steerlm["kind"]]
         ranges = " ".join(f"{a['name']}:{a['minimum']}-{a['maximum']}" for a in schema["attributes"])
         markers = {f"template.{key}": repr(value) for key, value in steerlm["template"].items()}
         section(
             "SteerLM format",
             {
-                "kind": steerlm.get("kind") or steerlm["record_type"],  # version 1 had the latter
+                "kind": f"{kind.name}: {kind.title}; it can {', '.join(sorted(kind.abilities))}",
                 "schema": f"{schema['name']}  {ranges}",
                 "languages": len(schema["languages"]),
                 **markers,

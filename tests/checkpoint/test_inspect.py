@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from llamas import ROOT
+from version_1 import stored_format
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, write_nemo
@@ -47,13 +48,21 @@ def test_the_format_and_origin_of_a_trained_model_are_shown(llama_nemo: Path, tm
     staged = extract_nemo(llama_nemo, tmp_path / "staged")
     config = yaml.safe_load((staged / "model_config.yaml").read_text())
     stored = SteerLMFormat(EXTRA_ID_TEMPLATE, NEMO12_LANG, GRADER).to_dict()
-    config |= {"steerlm": stored, "steerlm_provenance": {"base": "llama.nemo", "seed": 1234}}
+    config |= {"steerlm": stored, "steerlm_provenance": {"name": "judge", "base": "llama.nemo", "seed": 1234}}
     (staged / "model_config.yaml").write_text(yaml.safe_dump(config))
     write_nemo(staged, tmp_path / "value.nemo")
     facts = inspect_nemo(tmp_path / "value.nemo", verify=False)
     assert facts["damage"] == [] and facts["steerlm"] == stored
     shown = run(tmp_path / "value.nemo").stdout
-    for text in ("grader", "nemo12+lang", "quality:0-4", "<extra_id_1>", stored["digest"], "llama.nemo"):
+    for text in (
+        "judge",
+        "grader: a value model, which grades by writing; it can generate, grade, lines",
+        "nemo12+lang",
+        "quality:0-4",
+        "<extra_id_1>",
+        stored["digest"],
+        "llama.nemo",
+    ):
         assert text in shown
 
 
@@ -166,3 +175,20 @@ def test_no_flipped_byte_ends_in_a_traceback(llama_nemo: Path, tmp_path: Path) -
         path.write_bytes(data)
         num_damaged += bool(inspect_nemo(path, verify=False)["damage"])
     assert num_damaged > 30
+
+
+def test_a_format_of_version_1_is_shown_as_the_kind_its_records_made(llama_nemo: Path, tmp_path: Path) -> None:
+    config = extract_nemo(llama_nemo, tmp_path / "old.nemo") / "model_config.yaml"
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "steerlm": stored_format()}))
+    facts = inspect_nemo(tmp_path / "old.nemo", verify=False)
+    assert facts["damage"] == [] and facts["steerlm"]["kind"] == "grader" and facts["name"] == "old"
+
+
+def test_an_export_says_what_stays_behind(llama_nemo: Path, tmp_path: Path) -> None:
+    config = extract_nemo(llama_nemo, tmp_path / "old.nemo") / "model_config.yaml"
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "steerlm": stored_format()}))
+    script = ROOT / "scripts" / "convert_nemo_to_hf_llama.py"
+    command = [sys.executable, script, "--in-file", tmp_path / "old.nemo", "--out-file", tmp_path / "hf"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "this is a value model, which grades by writing; its markers and attribute schema helpsteer5" in done.stdout
