@@ -53,6 +53,7 @@ ACCEPTED: dict[str, dict[str, Accepted]] = {
         "model.save_nemo_on_validation_end": Accepted(None, "Aligner does not read it either"),
         "model.resume_from_checkpoint": Accepted(None, "Aligner does not read it either; exp_manager resumes"),
         "model.ffn_dropout": Accepted((0.0, None), "Megatron Core's layers do not know it; hidden_dropout they do"),
+        "model.peft.peft_scheme": Accepted(("none", None), "adapters are not supported; all weights are trained"),
         "model.peft.restore_from_path": Accepted((None,), "adapters are not supported"),
         "model.data.sample": Accepted((False,), "a training draws each conversation once per epoch"),
         "model.data.dataloader_type": Accepted(("single", None), "batches are drawn at random (Aligner since 0.5)"),

@@ -103,8 +103,6 @@ def _problems(cfg: DictConfig, base: Mapping[str, Any], method: Method) -> Itera
             )
         if not isinstance(split.group_by_length, bool):
             yield f"{split.key}.group_by_length is {split.group_by_length!r}; true or false"
-    if cfg.model.peft.peft_scheme not in (None, "none"):
-        yield f"model.peft.peft_scheme {cfg.model.peft.peft_scheme!r} is not supported; full fine-tuning is 'none'"
     if str(cfg.trainer.precision) not in PRECISIONS:
         yield f"trainer.precision is {cfg.trainer.precision!r}; use one of {', '.join(PRECISIONS)}"
     yield from _saving_problems(cfg, method)

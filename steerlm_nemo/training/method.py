@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from omegaconf import DictConfig
@@ -63,7 +64,7 @@ class Method:
     """A way to train: all that differs between one method and another.
 
     `name` is also the section of the config with the settings of its loop, `trainer.<name>`. A model is saved with all
-    its weights; what NeMo restores it as later is `model_class`, and what it is for is the kind in `Data.format`.
+    weights it has, as what `load_model` made it; what it is for is the kind in `Data.format`.
     """
 
     name: str
@@ -74,7 +75,8 @@ class Method:
     warnings: Callable[[DictConfig, Mapping[str, Any]], Iterator[str]]
     identity: Callable[[DictConfig], dict[str, Any]]  # how records are read: a run resumes with the same only
     load_data: Callable[[DictConfig, Tokenizer, Callable[[str], object]], Data]  # the last hears what became of records
-    model_class: Callable[[], type[Any]]  # of NeMo or NeMo-Aligner
+    # The base in a folder, for Lightning's trainer, as a model of NeMo's or Aligner's that can be trained so.
+    load_model: Callable[[DictConfig, Any, Path], Any]
     trainer_class: Callable[[], type[Any]]  # called with the arguments of Aligner's SupervisedTrainer
 
     def settings(self, cfg: DictConfig) -> DictConfig:

@@ -8,14 +8,18 @@ from typing import Any, NamedTuple
 
 from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
 from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
-from nemo_aligner.utils.train_script_utils import init_distributed
-from nemo_aligner.utils.utils import load_from_nemo
+from nemo_aligner.utils.train_script_utils import (
+    extract_optimizer_scheduler_from_ptl_model,
+    init_distributed,
+    init_using_ptl,
+)
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo
 from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer, localise_tokenizer, read_artifacts
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from steerlm_nemo.training.loaders import Loaders
 from steerlm_nemo.training.method import Method, Split
 
 
@@ -62,7 +66,7 @@ def check_optimizer(optim: DictConfig) -> None:
 
 
 def load_base(cfg: DictConfig, method: Method, ptl_trainer: Any) -> Base:
-    """The base as a model of the method's class, on this rank; torch.distributed is up when this returns.
+    """The base as the method wants it, on this rank; torch.distributed is up when this returns.
 
     Raises:
         CheckpointError: the file is unsafe or damaged.
@@ -70,7 +74,17 @@ def load_base(cfg: DictConfig, method: Method, ptl_trainer: Any) -> Base:
     with open_nemo(cfg.model.restore_from_path) as nemo:
         with open_dict(cfg.model):
             cfg.model.tokenizer = localise_tokenizer(nemo.config, nemo.dir)["tokenizer"]
-        model = load_from_nemo(method.model_class(), cfg.model, ptl_trainer, strict=True, restore_path=str(nemo.dir))
+        model = method.load_model(cfg, ptl_trainer, nemo.dir)
         base = Base(model, load_tokenizer(nemo), read_artifacts(nemo))
     init_distributed(ptl_trainer, model, cfg.model.get("transformer_engine"))
     return base
+
+
+def set_up_optimizer(ptl_trainer: Any, model: Any, loaders: Loaders, num_steps: int) -> tuple[Any, Any]:
+    """Optimizer and schedule of the model; weights and both are restored where the run resumes."""
+    with open_dict(model.cfg):
+        # The cosine must end where training ends, also when the data is shorter than max_steps (reference 7.3).
+        if model.cfg.optim.get("sched") is not None:
+            model.cfg.optim.sched.setdefault("max_steps", num_steps)
+    init_using_ptl(ptl_trainer, model, loaders.train, loaders.train.dataset)
+    return extract_optimizer_scheduler_from_ptl_model(model)

@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from steerlm_nemo.checkpoint.archive import read_config
 from steerlm_nemo.compat import prepare, quiet_logs
@@ -37,11 +37,14 @@ def run(cfg: DictConfig, method: Method) -> None:
     quiet_logs(verbose=cfg.verbose)
     report("\n".join(capabilities.lines()))
 
-    from nemo_aligner.utils import train_script_utils as aligner
+    from nemo_aligner.utils.train_script_utils import (
+        add_custom_checkpoint_callback,
+        retrieve_custom_trainer_state_dict,
+    )
 
     from steerlm_nemo.training.experiment import open_experiment, save_run_files
     from steerlm_nemo.training.loaders import build_loaders, num_steps
-    from steerlm_nemo.training.model import check_optimizer, load_base, merge_model_config
+    from steerlm_nemo.training.model import check_optimizer, load_base, merge_model_config, set_up_optimizer
     from steerlm_nemo.training.save import save_nemo, saved_config
     from steerlm_nemo.training.trainer import RunTimer
 
@@ -55,19 +58,15 @@ def run(cfg: DictConfig, method: Method) -> None:
     model, tokenizer, artifacts = load_base(cfg, method, ptl_trainer)
 
     # --- data ---
-    state = aligner.retrieve_custom_trainer_state_dict(ptl_trainer)  # None: a run from its beginning
+    state = retrieve_custom_trainer_state_dict(ptl_trainer)  # None: a run from its beginning
     data = method.load_data(cfg, tokenizer, report)
     loaders = build_loaders(cfg, method, data, state["consumed_samples"] if state else 0, report)
-    check_schedule(cfg, num_steps(cfg, method, data))
+    steps = num_steps(cfg, method, data)
+    check_schedule(cfg, steps)
 
     # --- loop ---
-    with open_dict(model.cfg):
-        # The cosine must end where training ends, also when the data is shorter than max_steps (reference 7.3).
-        if model.cfg.optim.get("sched") is not None:
-            model.cfg.optim.sched.setdefault("max_steps", num_steps(cfg, method, data))
-    aligner.init_using_ptl(ptl_trainer, model, loaders.train, data.train)
-    optimizer, scheduler = aligner.extract_optimizer_scheduler_from_ptl_model(model)
-    checkpoint_callback = aligner.add_custom_checkpoint_callback(ptl_trainer, model)
+    optimizer, scheduler = set_up_optimizer(ptl_trainer, model, loaders, steps)
+    checkpoint_callback = add_custom_checkpoint_callback(ptl_trainer, model)
     if this_rank() == 0:
         save_run_files(cfg, identity, capabilities)
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
@@ -99,7 +98,7 @@ def run(cfg: DictConfig, method: Method) -> None:
     # --- save ---
     if cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
         target = log_dir / "checkpoints" / f"{cfg.name}.nemo"
-        save_nemo(model, saved_config(base_config, intended, data.format, cfg, method), artifacts, target)
+        save_nemo(model, saved_config(base_config, intended, model, data.format, cfg, method), artifacts, target)
         report(f"trained {trainer.step} steps in {time.monotonic() - started:.0f} s; wrote {target}")
 
 

@@ -22,13 +22,12 @@ from steerlm_nemo.training.method import Method
 
 
 def saved_config(
-    base: Mapping[str, Any], intended: DictConfig, fmt: SteerLMFormat, cfg: DictConfig, method: Method
+    base: Mapping[str, Any], intended: DictConfig, model: Any, fmt: SteerLMFormat, cfg: DictConfig, method: Method
 ) -> DictConfig:
     """The `model_config.yaml` of the result: what the user asked for, not what was adapted to this machine."""
     config = intended.copy()
-    model_class = method.model_class()
     with open_dict(config):
-        config.target = f"{model_class.__module__}.{model_class.__qualname__}"
+        config.target = f"{type(model).__module__}.{type(model).__qualname__}"
         config.nemo_version = base.get("nemo_version")
         config.tokenizer = base["tokenizer"]
         config[SteerLMFormat.CONFIG_KEY] = fmt.to_dict()

@@ -119,7 +119,7 @@ def test_values_that_must_be_given_are_all_named() -> None:
         ("model.data.record_type=VALUE_TO_VALUE", "must be TEXT_TO_VALUE or VALUE_TO_TEXT"),
         ("model.data.attribute_schema=nemo13", "unknown attribute schema 'nemo13'"),
         ("model.data.chat=False", "trains on conversations only"),
-        ("model.peft.peft_scheme=lora", "lora"),
+        ("model.peft.peft_scheme=lora", "'lora', which would have no effect: adapters are not supported"),
         ("model.optim.lr=0", "must be above 0"),
         ("trainer.sft.val_check_interval=0", "save_interval is 0; without saving"),
         ("trainer.sft.save_interval=null", "save_interval is None; without saving"),

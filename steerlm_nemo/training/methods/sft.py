@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -96,10 +97,11 @@ def _load_data(cfg: DictConfig, tokenizer: Tokenizer, report: Callable[[str], ob
     return Data(train, validation, SteerLMFormat(template, schema, kind_trained_on(train.record_type)))
 
 
-def _model_class() -> type[Any]:
+def _load_model(cfg: DictConfig, ptl_trainer: Any, folder: Path) -> Any:
     from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
+    from nemo_aligner.utils.utils import load_from_nemo
 
-    return GPTSFTModel
+    return load_from_nemo(GPTSFTModel, cfg.model, ptl_trainer, strict=True, restore_path=str(folder))
 
 
 def _trainer_class() -> type[Any]:
@@ -116,6 +118,6 @@ SFT = Method(
     warnings=_warnings,
     identity=_identity,
     load_data=_load_data,
-    model_class=_model_class,
+    load_model=_load_model,
     trainer_class=_trainer_class,
 )
