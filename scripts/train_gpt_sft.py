@@ -9,7 +9,8 @@ Key names are NeMo-Aligner's; nemo_configs/gpt_sft.yaml lists them all. Needed a
   exp_manager.explicit_log_dir=results/run
 
 trainer.devices=2 model.tensor_model_parallel_size=2 starts its two ranks by itself; torchrun and srun work too.
-Run the same command again to resume. The result is <explicit_log_dir>/checkpoints/megatron_gpt_sft.nemo.
+Run the same command again to resume. The result is <explicit_log_dir>/checkpoints/megatron_gpt_sft.nemo;
+a server calls the model after the log folder, or name= where that is given.
   --help   this text        --cfg   print the resolved config and stop
 Exit codes: 0 done, 2 cannot run, 75 stopped by a signal or time limit after saving.
 """

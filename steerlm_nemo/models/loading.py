@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +40,13 @@ class LoadedModel:
     identity: str  # of the checkpoint's content
 
 
+def undivided(config: Mapping[str, Any], tp_size: int) -> Iterator[str]:
+    """What tensor-parallel ranks cannot share evenly, of a model with this config."""
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if config.get(key) and config[key] % tp_size:
+            yield f"tensor_model_parallel_size {tp_size} does not divide the checkpoint's {key} {config[key]}"
+
+
 def check_parallelism(config: Mapping[str, Any], tp_size: int, pp_size: int, num_ranks: int) -> None:
     """Refuse sizes that cannot work, before any rank is started.
 
@@ -56,9 +63,8 @@ def check_parallelism(config: Mapping[str, Any], tp_size: int, pp_size: int, num
             f"trainer.devices x trainer.num_nodes is {num_ranks}, but tensor_model_parallel_size is {tp_size}; "
             f"set trainer.devices={tp_size}"
         )
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if config.get(key) and config[key] % tp_size:
-            raise ConfigError(f"tensor_model_parallel_size {tp_size} does not divide the model's {key} {config[key]}")
+    for problem in undivided(config, tp_size):
+        raise ConfigError(problem)
 
 
 def load_for_inference(path: str | Path, tensor_model_parallel_size: int = 1, precision: str = "32") -> LoadedModel:

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from steerlm_nemo.attributes import AttributeSchema, load_schema
 from steerlm_nemo.config import CONFIG_DIR
 from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.models.loading import undivided
 from steerlm_nemo.template import ChatTemplate
 from steerlm_nemo.training.method import Method
 
@@ -121,10 +122,7 @@ def _parallel_problems(cfg: DictConfig, base: Mapping[str, Any]) -> Iterator[str
             f"trainer.devices {cfg.trainer.devices} x trainer.num_nodes {cfg.trainer.num_nodes} = {ranks}; "
             f"set trainer.devices={tp * pp * cp} or a multiple"
         )
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = base.get(key)
-        if value and value % tp:
-            yield f"tensor_model_parallel_size {tp} does not divide the checkpoint's {key} {value}"
+    yield from undivided(base, tp)
     if base.get("num_layers", pp) % pp:
         yield f"pipeline_model_parallel_size {pp} does not divide the checkpoint's num_layers {base['num_layers']}"
 
