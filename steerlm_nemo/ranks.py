@@ -2,6 +2,9 @@
 
 `trainer.devices=2` is enough: the script starts itself once per rank. Under torchrun or Slurm the ranks exist
 already and nothing is started.
+
+Not torchrun itself: it ends with 1 whatever a rank ended with (75 asks to be run again), kills ranks 30 s after a
+SIGTERM though saving a large model takes longer, lets all ranks talk at once, and needs torch, a second, to start.
 """
 
 from __future__ import annotations
