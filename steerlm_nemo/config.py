@@ -121,7 +121,9 @@ def _raw(cfg: DictConfig, key: str) -> object:
 
 
 def _refuse_wrong_type(key: str, value: object, default: object) -> None:
-    """A text where the default is a number or a switch would fail much later, deep inside NeMo."""
+    """A text where the default is a number or a switch, or a value in place of a section, would fail much later."""
+    if isinstance(default, dict) and not (value is None or isinstance(value, dict)):
+        raise ConfigError(f"{key} is {value!r}; it is a section, with {', '.join(map(str, default))}")
     if (
         isinstance(value, str)
         and not value.startswith("$")

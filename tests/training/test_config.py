@@ -73,9 +73,10 @@ def test_a_key_misspelt_in_a_users_own_yaml_is_refused(tmp_path: Path) -> None:
         ("model.optim.lr=abc", "model.optim.lr is 'abc'; it must be a number"),
         ("trainer.sft.max_steps=many", "it must be a number"),
         ("model.data.chat=yess", "it must be true or false"),
+        ("model.optim.sched=CosineAnnealing", "sched is 'CosineAnnealing'; it is a section, with name, warmup_steps"),
     ],
 )
-def test_a_text_where_a_number_belongs_is_refused(override: str, message: str) -> None:
+def test_a_text_where_a_number_or_a_section_belongs_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config([override], "gpt_sft")
 
