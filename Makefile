@@ -28,10 +28,11 @@ ARGS       ?=
 WORKERS    ?= 2
 DATA       ?=
 ONLY       ?=
+FLOW       ?= toy
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench convert export inspect preprocess clean inspect-data show-mask \
+.PHONY: help setup demo flow test lint bench convert export inspect preprocess clean inspect-data show-mask \
         train-value train-steerlm serve-value serve-steerlm annotate steer
 
 help:  ## list the targets
@@ -51,6 +52,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## the whole flow on a toy world, measured; DATA=trees.jsonl.gz for your own trees
 	$(PY) scripts/demo.py $(if $(DATA),--data $(DATA)) $(ARGS)
+
+flow: $(READY)  ## run nemo_configs/flows/FLOW.yaml; parameters, --dry-run, --only=STAGE or --from=STAGE as ARGS
+	$(PY) scripts/flow.py run nemo_configs/flows/$(FLOW).yaml $(ARGS)
 
 test: $(READY)  ## all tests (no network, no GPU)
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile tests $(ARGS)

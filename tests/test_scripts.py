@@ -22,6 +22,7 @@ MISSING_INPUT = {
     "convert_nemo_to_hf_llama": "--in-file={missing} --out-file={out}",
     "data_clean": "--dataset_file={missing} --output_file={out} --library=sentencepiece --model_file={missing}",
     "demo": "--data={missing} --output_dir={out}",
+    "flow": "run {missing} out={out}",
     "inspect_data": "{missing}",
     "inspect_nemo": "{missing}",
     "make_tiny_llama": "--trees_file={missing} --output_dir={out}",

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,15 +20,11 @@ SCRIPT = ROOT / "containers" / "slurm" / "steerlm_flow.sbatch"
 TERMINATED = 128 + 15
 STAGES = [
     "convert_hf_llama_to_nemo.py",
-    "preprocessing.py",  # TEXT_TO_VALUE
+    "preprocessing.py",
     *["data_clean.py"] * 2,
     "train_gpt_sft.py",  # value model
-    "preprocessing.py",  # VALUE_TO_TEXT
-    "data_clean.py",
     "megatron_gpt_eval.py",
-    "attribute_annotate.py",
-    "data_clean.py",
-    "attribute_annotate.py",
+    *["attribute_annotate.py"] * 2,
     *["data_clean.py"] * 2,
     "train_gpt_sft.py",  # SteerLM model
 ]
@@ -46,16 +41,14 @@ class Cluster:
         self._command(commands / "scontrol", f'echo "$@" >> "{self.requeued}"')
         self._command(commands / "python", f'exec "{sys.executable}" "$@"')
         self.llama, self.trees = folder / "llama", folder / "trees.jsonl.gz"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
             "PATH": f"{commands}:{os.environ['PATH']}",
             "FAKE_SRUN_LOG": str(self.log),
             **{"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "steerlm", "SLURMD_NODENAME": "node1"},
+            "PYTHON": sys.executable,
             **{"SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2"},
-            **{"IMAGE": "image.sqsh", "WORK": str(self.work), "PORT": str(port)},
+            **{"IMAGE": "image.sqsh", "WORK": str(self.work)},
             **{"HF_MODEL": str(self.llama), "TREES": str(self.trees)},
         }
 
@@ -66,7 +59,7 @@ class Cluster:
 
     def run(self, **env: str) -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
-        return subprocess.run(["bash", SCRIPT], env={**self.env, **env}, capture_output=True, text=True)
+        return subprocess.run(["bash", SCRIPT], cwd=ROOT, env={**self.env, **env}, capture_output=True, text=True)
 
     def calls(self, ended: bool = False) -> list[dict[str, Any]]:
         calls = [json.loads(line) for line in self.log.read_text().splitlines()]
@@ -80,6 +73,7 @@ class Cluster:
 def cluster(tmp_path: Path) -> Cluster:
     cluster = Cluster(tmp_path)
     cluster.llama.mkdir()
+    (cluster.llama / "tokenizer.model").touch()
     cluster.trees.touch()
     return cluster
 
@@ -92,14 +86,16 @@ def test_the_stages_run_in_the_order_of_the_method_and_finished_ones_are_skipped
     first = cluster.run(FAKE_SRUN_CODES=pretending())
     assert first.returncode == 0, first.stderr
     assert cluster.scripts() == STAGES
-    steerlm = cluster.work / "steerlm" / "checkpoints" / "megatron_gpt_sft.nemo"
-    assert first.stdout.splitlines()[-1] == f"== done: {steerlm}"
+    steerlm = cluster.work / "train-steerlm" / "checkpoints" / "megatron_gpt_sft.nemo"
+    manifest = json.loads((cluster.work / "manifest.json").read_text())
+    assert all(stage["done"] for stage in manifest["stages"].values())
+    assert str(steerlm) in manifest["stages"]["train-steerlm"]["outputs"]
 
     steerlm.unlink()
-    (cluster.work / "v2t_val_clean.jsonl").unlink()
+    (cluster.work / "clean-annotated" / "v2t_val.jsonl").unlink()
     again = cluster.run(FAKE_SRUN_CODES=pretending())
     assert again.returncode == 0, again.stderr
-    assert cluster.scripts() == ["data_clean.py", "train_gpt_sft.py"]
+    assert cluster.scripts() == ["data_clean.py", "data_clean.py", "train_gpt_sft.py"]
 
 
 def test_trainings_get_a_rank_per_gpu_and_every_step_the_image(cluster: Cluster) -> None:
@@ -130,7 +126,8 @@ def test_a_step_that_was_stopped_in_time_queues_the_job_again(cluster: Cluster, 
 def test_a_step_that_fails_ends_the_job_with_its_code(cluster: Cluster, script: str) -> None:
     result = cluster.run(FAKE_SRUN_CODES=pretending(**{script: 3}))
     assert result.returncode == 3
-    assert f"error: exit code 3 of: python scripts/{script}.py" in result.stderr
+    assert "error: stage " in result.stderr and "exit code 3 of: srun " in result.stderr
+    assert f" python scripts/{script}.py" in result.stderr and f"{script}.py was told to fail" in result.stderr
     assert not cluster.requeued.exists()
     assert cluster.scripts()[-1] == f"{script}.py"
 
@@ -159,6 +156,27 @@ def test_what_must_be_set_is_asked_for_by_name(cluster: Cluster, name: str) -> N
     assert cluster.calls() == []
 
 
+def test_lengths_and_further_settings_reach_their_commands(cluster: Cluster) -> None:
+    cluster.run(FAKE_SRUN_CODES=pretending(), SEQ_LEN="2048", TRAIN_ARGS="a.b=1 c.d=2")
+    cleaned = [arg for call in cluster.calls() for arg in call["command"] if arg.startswith("--seq_len")]
+    assert cleaned == ["--seq_len=1792"] * 2 + ["--seq_len=2048"] * 2
+    for call in cluster.calls():
+        if call["command"][1].endswith("train_gpt_sft.py"):
+            assert {"model.data.train_ds.max_seq_length=2048", "a.b=1", "c.d=2"} <= set(call["command"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "env", "told"),
+    [("/", {}, "submit this from the repository"), (ROOT, {"PYTHON": "false"}, "set PYTHON to one that is")],
+)
+def test_where_and_with_what_it_runs_is_checked_first(
+    cluster: Cluster, folder: Path, env: dict[str, str], told: str
+) -> None:
+    result = subprocess.run(["bash", SCRIPT], cwd=folder, env={**cluster.env, **env}, capture_output=True, text=True)
+    assert result.returncode == 2 and told in result.stderr
+    assert not cluster.work.exists()
+
+
 @pytest.mark.slow
 def test_the_whole_flow_runs_on_two_ranks_and_makes_both_models(cluster: Cluster) -> None:
     shutil.rmtree(cluster.llama)
@@ -177,7 +195,6 @@ def test_the_whole_flow_runs_on_two_ranks_and_makes_both_models(cluster: Cluster
         "trainer.sft.max_steps=2",
         "trainer.sft.val_check_interval=2",
         "trainer.sft.limit_val_batches=1",
-        "model.data.attribute_schema=nemo12+lang",
         "model.optim.sched.warmup_steps=1",
         *(f"model.data.train_ds.{size}_batch_size=4" for size in ("global", "micro")),
         *(f"model.data.validation_ds.{size}_batch_size=1" for size in ("global", "micro")),
@@ -189,7 +206,7 @@ def test_the_whole_flow_runs_on_two_ranks_and_makes_both_models(cluster: Cluster
     assert [call["code"] for call in cluster.calls(ended=True) if "megatron_gpt_eval" not in call["command"][1]] == [
         0
     ] * (len(STAGES) - 1)
-    for folder, kind in (("value", "grader"), ("steerlm", "steerlm")):
+    for folder, kind in (("train-value", "grader"), ("train-steerlm", "steerlm")):
         nemo = cluster.work / folder / "checkpoints" / "megatron_gpt_sft.nemo"
         shown = subprocess.run(
             [sys.executable, ROOT / "scripts" / "inspect_nemo.py", nemo], check=True, capture_output=True, text=True
