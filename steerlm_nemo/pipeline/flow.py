@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -23,10 +23,47 @@ from steerlm_nemo.records import require_file
 REQUIRED = "???"
 _NAME = re.compile(r"\{([A-Za-z_][\w-]*)\}")
 _PORT = re.compile(r"\{([A-Za-z_][\w-]*)\.port\}")
-_FLOW_KEYS = {"use", "parameters", "stages"}
-_STEPS_KEYS = {"parameters", "servers", "stages"}
-_SERVER_KEYS = {"run", "port", "inputs", "nodes", "tasks_per_node"}
-_STAGE_KEYS = {"name", "about", "run", "servers", "inputs", "outputs", "nodes", "tasks_per_node", "in_sight"}
+
+
+class _Kind(NamedTuple):
+    what: str
+    fits: Callable[[object], bool]
+
+
+def _scalar(value: object) -> bool:
+    return isinstance(value, (str, int, float))
+
+
+def _list_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def _mapping_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
+
+
+# Checked by hand: pydantic is not where a flow may have to run.
+_TEXT = _Kind("a text", lambda value: isinstance(value, str))
+_TEXTS = _Kind("a list of texts", _list_of(_TEXT.fits))
+_COUNT = _Kind("a number or a parameter", lambda value: isinstance(value, (int, str)))
+_FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
+_MAPPINGS = _Kind("a mapping of mappings", _mapping_of(lambda value: isinstance(value, dict)))
+_STAGES = _Kind(
+    "a list of names, or of mappings with a name",
+    _list_of(lambda value: isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("name"), str))),
+)
+_PARAMETERS = _Kind(
+    "a mapping of texts, numbers and lists of them",
+    _mapping_of(lambda value: _scalar(value) or _list_of(_scalar)(value)),
+)
+_SIZE_KEYS = {"nodes": _COUNT, "tasks_per_node": _COUNT}
+_SERVER_KEYS = {"run": _TEXT, "port": _COUNT, "inputs": _TEXTS, **_SIZE_KEYS}
+_STAGE_KEYS = {
+    **{"name": _TEXT, "about": _TEXT, "run": _TEXTS, "servers": _TEXTS, "inputs": _TEXTS, "outputs": _TEXTS},
+    **{"in_sight": _FLAG, **_SIZE_KEYS},
+}
+_STEPS_KEYS = {"parameters": _PARAMETERS, "servers": _MAPPINGS, "stages": _MAPPINGS}
+_FLOW_KEYS = {"use": _TEXT, **_STEPS_KEYS, "stages": _STAGES}
 
 Command = tuple[str, ...]  # a script and its arguments
 
@@ -99,18 +136,20 @@ def load_flow(path: str | Path, settings: Sequence[str] = ()) -> Flow:
     problems: list[str] = []
     given = _yaml(path, _FLOW_KEYS, problems)
     steps = _yaml(require_file(path.parent / given["use"]), _STEPS_KEYS, problems) if "use" in given else {}
-    if problems:
-        raise ConfigError(_listed(path, problems))
     parameters = {**steps.get("parameters", {}), **given.get("parameters", {})}
     parameters |= _settings(settings, parameters, problems)
     stated = _stated(given.get("stages", []), steps.get("stages", {}), problems)
+    servers = {
+        name: _checked(server, _SERVER_KEYS, f"server {name}", problems)
+        for name, server in {**steps.get("servers", {}), **given.get("servers", {})}.items()
+    }
     values = _Values(parameters, [stage["name"] for stage in stated], problems)
     out = Path(values.text("{out}", "parameter out"))
-    made = tuple(_stage(stage, steps.get("servers", {}), values, out) for stage in stated)
-    problems += _undeclared(made)
+    stages = tuple(_stage(stage, servers, values, out) for stage in stated)
+    problems += _undeclared(stages)
     if problems:
         raise ConfigError(_listed(path, list(dict.fromkeys(problems))))
-    return Flow(path.stem, out, made, parameters)
+    return Flow(path.stem, out, stages, parameters)
 
 
 class _Values:
@@ -129,7 +168,7 @@ class _Values:
     def words(self, command: str, where: str) -> Command:
         """A command's words. One that is nothing but a parameter with a list becomes as many words."""
         words: list[str] = []
-        for word in shlex.split(command):
+        for word in _split(command, where, self.problems):
             named = _NAME.fullmatch(word)
             value = self._parameters.get(named[1]) if named else None
             words += [self.text(part, where) for part in (value if isinstance(value, list) else [word])]
@@ -159,21 +198,24 @@ class _Values:
         return f"{{{name}}}"
 
 
-def _yaml(path: Path, known: set[str], problems: list[str]) -> dict[str, Any]:
+def _yaml(path: Path, known: Mapping[str, _Kind], problems: list[str]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(err).split())}") from err
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping with {', '.join(sorted(known))} is needed")
-    problems += _unknown_keys(content, known, path.name)
-    return content
+        raise ConfigError(f"{path}: a mapping with {', '.join(known)} is needed")
+    return _checked(content, known, path.name, problems)
 
 
-def _unknown_keys(given: Mapping[str, Any], known: set[str], where: str) -> Iterator[str]:
-    for key in given:
+def _checked(given: Mapping[str, Any], known: Mapping[str, _Kind], where: str, problems: list[str]) -> dict[str, Any]:
+    """What is known and of its kind; of the rest, the problems are noted."""
+    for key, value in given.items():
         if key not in known:
-            yield f"{where}: unknown key {key}{_nearest(key, known)}"
+            problems.append(f"{where}: unknown key {key}{_nearest(str(key), known)}")
+        elif not known[key].fits(value):
+            problems.append(f"{where}: {key} is {value!r}; {known[key].what} is needed")
+    return {key: value for key, value in given.items() if key in known and known[key].fits(value)}
 
 
 def _settings(settings: Sequence[str], parameters: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -185,28 +227,35 @@ def _settings(settings: Sequence[str], parameters: Mapping[str, Any], problems: 
         elif key not in parameters:
             problems.append(f"unknown parameter {key}{_nearest(key, parameters)}")
         else:
-            given[key] = shlex.split(value) if isinstance(parameters[key], list) else value
+            given[key] = _split(value, f"parameter {key}", problems) if isinstance(parameters[key], list) else value
     return given
+
+
+def _split(text: str, where: str, problems: list[str]) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as err:
+        problems.append(f"{where} is {text!r}, which a shell cannot split: {err}")
+        return []
 
 
 def _stated(stages: Sequence[Any], known: Mapping[str, Any], problems: list[str]) -> list[dict[str, Any]]:
     """The flow's stages as they are written; one that is only named is of the file it uses."""
-    found: list[dict[str, Any]] = []
+    written: list[dict[str, Any]] = []
     for stage in stages:
-        if isinstance(stage, dict) and "name" in stage:
-            found.append(stage)
-        elif isinstance(stage, str) and stage in known:
-            found.append({"name": stage, **known[stage]})
+        if isinstance(stage, dict):
+            written.append(stage)
+        elif stage in known:
+            written.append({**known[stage], "name": stage})
         else:
-            problems.append(f"stage {stage!r} is stated nowhere{_nearest(str(stage), known)}")
-    names = [stage["name"] for stage in found]
+            problems.append(f"stage {stage!r} is stated nowhere{_nearest(stage, known)}")
+    names = [stage["name"] for stage in written]
     problems += [f"stage {name} is there twice" for name in sorted({name for name in names if names.count(name) > 1})]
-    return found
+    return [_checked(stage, _STAGE_KEYS, f"stage {stage['name']}", problems) for stage in written]
 
 
 def _stage(stage: Mapping[str, Any], servers: Mapping[str, Any], values: _Values, out: Path) -> Stage:
     name = f"stage {stage['name']}"
-    values.problems += _unknown_keys(stage, _STAGE_KEYS, name)
     used = [key for key in stage.get("servers", []) if key in servers]
     for key in stage.get("servers", []):
         if key not in servers:
@@ -231,7 +280,6 @@ def _stage(stage: Mapping[str, Any], servers: Mapping[str, Any], values: _Values
 
 def _server(key: str, server: Mapping[str, Any], values: _Values) -> Server:
     name = f"server {key}"
-    values.problems += _unknown_keys(server, _SERVER_KEYS, name)
     command = _command(server.get("run", ""), [key], values, name)
     return Server(key, command, values.count(server.get("port", ""), f"{name}: port"), _size(server, values, name))
 
@@ -269,7 +317,7 @@ def _maker(stages: Sequence[Stage], path: Path) -> Stage | None:
     return next((s for s in stages for output in s.outputs if output == path or path in output.parents), None)
 
 
-def _nearest(name: str, known: Mapping[str, Any] | set[str]) -> str:
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -34,8 +34,8 @@ class Manifest:
         self._content: dict[str, Any] = {"flow": "", "parameters": {}, "stages": {}, "files": {}}
         if self._path.is_file():
             try:
-                self._content |= json.loads(self._path.read_text(encoding="utf-8"))
-            except ValueError as err:
+                self._content |= dict(json.loads(self._path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as err:
                 raise InputError(
                     f"{self._path} is damaged: {err}. Move it away with its folder, and run again."
                 ) from err

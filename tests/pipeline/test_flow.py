@@ -13,6 +13,7 @@ import yaml
 from repository import ROOT, missing_references
 
 from steerlm_nemo.errors import ConfigError, InputError
+from steerlm_nemo.pipeline import flow as flow_file
 from steerlm_nemo.pipeline.flow import Flow, load_flow
 from steerlm_nemo.pipeline.launcher import Size, SlurmJob, ThisMachine
 from steerlm_nemo.pipeline.shell import shell_script
@@ -64,6 +65,16 @@ def test_the_flows_are_the_same_but_for_their_data() -> None:
     common = names["llama2"]
     for name in ("toy", "oasst"):
         assert [stage for stage in names[name] if stage in common] == common
+
+
+def test_the_guide_explains_every_key_and_its_example_is_a_flow(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "flows.md").read_text()
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", guide, re.DOTALL)[1])  # type: ignore[index]
+    (tmp_path / "steps.yaml").write_text(STEPS.read_text())
+    mine = load_flow(tmp_path / "mine.yaml", ["hf_model=llama", "trees=t.jsonl", "lengths=1 2 3"])
+    assert mine.stages[-1].commands[0][-4:] == ("--seq_len", "1", "2", "3")
+    explained = set(re.findall(r"`(\w+)(?:: true)?`", guide.split("| key of a stage")[1].split("\n## ")[0]))
+    assert set(flow_file._STAGE_KEYS) | set(flow_file._SERVER_KEYS) <= explained | {"name", "about"}
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -132,6 +143,15 @@ def test_parameters_of_the_command_line_win_over_the_flow_and_the_flow_over_its_
         ([("stage", [])], [], "unknown key stage; did you mean stages?"),
         ([("steps.stages.first.input", [])], [], "stage first: unknown key input; did you mean inputs?"),
         ([("steps.stages.first.run", [])], [], "stage first has nothing to run"),
+        ([("steps.stages.first.run", "report.py")], [], "run is 'report.py'; a list of texts is needed"),
+        ([("steps.stages.first.run", ["report.py 'a"])], [], "which a shell cannot split: No closing quotation"),
+        ([("steps.stages.first.inputs", [3])], [], "inputs is [3]; a list of texts is needed"),
+        ([("steps.stages.first", 3)], [], "steps.yaml: stages is "),
+        ([("parameters", ["a"])], [], "small.yaml: parameters is ['a']; a mapping of texts"),
+        ([("parameters.trees", None)], [], "a mapping of texts, numbers and lists of them is needed"),
+        ([("use", 3)], [], "small.yaml: use is 3; a text is needed"),
+        ([("stages", [{"run": []}])], [], "a list of names, or of mappings with a name is needed"),
+        ((), ["more='a"], 'parameter more is "\'a", which a shell cannot split'),
         ([("steps.stages.first.run", ["rm -r /"])], [], "a command starts with a script of"),
         ([("steps.stages.first.servers", ["valu"])], [], "stage first: no server valu; did you mean value?"),
         ([("steps.stages.first.run", ["report.py {value.port}"])], [], "{value.port} is the port of a server that"),

@@ -248,9 +248,10 @@ def test_the_manifest_says_what_was_read_run_and_written_by_what(world, tmp_path
     assert first["seconds"]["first"] >= 0 and first["done"] is True
 
 
-def test_a_damaged_manifest_is_told(world, tmp_path):
+@pytest.mark.parametrize("text", ["{", "3", '"text"'])
+def test_a_damaged_manifest_is_told(world, tmp_path, text):
     source, out = world
-    (out / "manifest.json").write_text("{")
+    (out / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         run(out, *two_stages(source, out, tmp_path))
 
