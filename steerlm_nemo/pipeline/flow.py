@@ -265,12 +265,18 @@ def _stage(stage: Mapping[str, Any], servers: Mapping[str, Any], values: _Values
         values.problems.append(f"{name} has nothing to run")
     inputs = [path for key in used for path in servers[key].get("inputs", [])] + list(stage.get("inputs", []))
     folder = out / stage["name"]
+    if not _NAME.fullmatch(f"{{{stage['name']}}}"):
+        values.problems.append(f"{name}: letters, digits, - and _ make a name; it is the name of a folder, too")
+    outputs = tuple(folder / values.text(path, name) for path in stage.get("outputs", []))
+    for path in outputs:
+        if folder not in path.parents or ".." in path.relative_to(folder).parts:
+            values.problems.append(f"{name}: the output {path} is not in the stage's folder")
     return Stage(
         stage["name"],
         folder,
         commands,
         tuple(dict.fromkeys(Path(values.text(path, name)) for path in inputs)),
-        tuple(folder / values.text(path, name) for path in stage.get("outputs", [])),
+        outputs,
         tuple(_server(key, servers[key], values) for key in used),
         _size(stage, values, name),
         " ".join(stage.get("about", "").split()),
