@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from steerlm_nemo.attributes import Attributes, AttributeSchema
-from steerlm_nemo.conversation import ASSISTANT, USER, VALUE_TO_TEXT, Conversation, RecordRef, Turn
+from steerlm_nemo.conversation import ASSISTANT, TEXT_TO_VALUE, USER, VALUE_TO_TEXT, Conversation, RecordRef, Turn
 from steerlm_nemo.errors import InputError
 
 ROLES = {"user": USER, "assistant": ASSISTANT}
+Messages = Sequence[Mapping[str, object]]
 
 
-def conversation_of(
-    messages: str | Sequence[Mapping[str, object]], line: Attributes, schema: AttributeSchema, system: str
-) -> Conversation:
-    """The history a response is asked for, in training's own type."""
+def conversation_of(messages: str | Messages, line: Attributes, schema: AttributeSchema, system: str) -> Conversation:
+    """The history a response is asked for, in training's own type. Raises InputError."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not messages:
         raise InputError("messages is empty; it must end with a user message")
+
+    def past(role: str, own: Mapping[str, int | str] | None) -> Attributes | None:
+        if role == USER:
+            return None
+        return line if own is None else schema.complete(own)
+
+    system, turns = _turns(messages, system, past)
+    if not turns or turns[-1].role != USER:
+        raise InputError("the last message must be the user's; the model writes the assistant's")
+    return Conversation(system, turns, RecordRef("messages", 1), VALUE_TO_TEXT)
+
+
+def conversation_to_grade(messages: Messages, schema: AttributeSchema, system: str) -> Conversation:
+    """A conversation whose turns have the attributes that their messages have, as many as those are.
+
+    Raises InputError.
+    """
+    system, turns = _turns(messages, system, lambda _, own: None if own is None else schema.order(own))
+    return Conversation(system, turns, RecordRef("messages", 1), TEXT_TO_VALUE)
+
+
+def _turns(
+    messages: Messages,
+    system: str,
+    attributes_of: Callable[[str, Mapping[str, int | str] | None], Attributes | None],
+) -> tuple[str, tuple[Turn, ...]]:
+    """The system prompt, the first message's where that is one, and a turn per other message."""
     turns = []
     for index, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
+        role, content, own = message.get("role"), message.get("content"), message.get("attributes")
         if not isinstance(content, str):
             raise InputError(f"message {index}: 'content' must be a string, found {content!r}")
         if role == "system" and index == 0:
             system = content
-        elif role == "user":
-            turns.append(Turn(USER, content))
-        elif role == "assistant":
-            own = message.get("attributes")
-            if own is not None and not isinstance(own, Mapping):
-                raise InputError(f"message {index}: 'attributes' must be an object such as {{'quality': 4}}")
-            turns.append(Turn(ASSISTANT, content, line if own is None else schema.complete(own)))
-        else:
+            continue
+        if not isinstance(role, str) or role not in ROLES:
             raise InputError(
                 f"message {index}: role {role!r} is not known here; use user and assistant (system for the first only)"
             )
-    if not turns or turns[-1].role != USER:
-        raise InputError("the last message must be the user's; the model writes the assistant's")
-    return Conversation(system, tuple(turns), RecordRef("messages", 1), VALUE_TO_TEXT)
+        if own is not None and not isinstance(own, Mapping):
+            raise InputError(f"message {index}: 'attributes' must be an object such as {{'quality': 4}}")
+        try:
+            turns.append(Turn(ROLES[role], content, attributes_of(ROLES[role], own)))
+        except InputError as err:
+            raise InputError(f"message {index}: {err}") from err
+    return system, tuple(turns)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -36,13 +36,13 @@ _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """`http` of nemo_configs/megatron_gpt_inference.yaml, the token read."""
+    """`http` of nemo_configs/megatron_gpt_inference.yaml, which has the defaults; the token read."""
 
-    token: str | None = None
-    max_body_mb: float = 16
-    max_prompts: int = 128
-    max_waiting_requests: int = 256
-    drain_s: float = 30
+    token: str | None
+    max_body_mb: float
+    max_prompts: int
+    max_waiting_requests: int
+    drain_s: float
 
     @property
     def max_body_bytes(self) -> int:
@@ -66,11 +66,11 @@ def settings_from(config: Any) -> HttpSettings:
     if problems:
         raise ConfigError("\n".join(problems))
     return HttpSettings(
-        _token(config.token_file),
-        float(config.max_body_mb),
-        int(config.max_prompts),
-        int(config.max_waiting_requests),
-        float(config.drain_s),
+        token=_token(config.token_file),
+        max_body_mb=float(config.max_body_mb),
+        max_prompts=int(config.max_prompts),
+        max_waiting_requests=int(config.max_waiting_requests),
+        drain_s=float(config.drain_s),
     )
 
 
@@ -118,8 +118,7 @@ class FrontDoor:
         return generate_latest(self._registry)
 
     @property
-    def state(self) -> str:
-        """ready | draining | failed"""
+    def state(self) -> Literal["ready", "draining", "failed"]:
         return "failed" if self.worker.failed else "draining" if self.draining else "ready"
 
     def around(self, app: Any, routes: Sequence[Any]) -> _App:
@@ -165,7 +164,7 @@ class FrontDoor:
 
     def _refusal(self, scope: Any) -> Any:
         path = scope["path"]
-        if self._token is not None and path not in WITHOUT_TOKEN and not self._has_token(scope):
+        if self._token is not None and path not in WITHOUT_TOKEN and not _has_token(scope, self._token):
             return error_response(
                 path,
                 401,
@@ -178,12 +177,6 @@ class FrontDoor:
             return error_response(path, 503, "the server is ending; ask again when it is back", headers=headers)
         return None
 
-    def _has_token(self, scope: Any) -> bool:
-        assert self._token is not None
-        sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        kind, _, token = sent.partition(b" ")
-        return hmac.compare_digest(token.strip(), self._token) and kind.lower() == b"bearer"
-
     def _request_id(self, scope: Any) -> str:
         sent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
         return sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
@@ -193,6 +186,12 @@ class FrontDoor:
             if isinstance(route, Route) and route.matches(scope)[0] != Match.NONE:
                 return route.path
         return "other"
+
+
+def _has_token(scope: Any, token: bytes) -> bool:
+    sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    kind, _, word = sent.partition(b" ")
+    return hmac.compare_digest(word.strip(), token) and kind.lower() == b"bearer"
 
 
 _Send = Callable[[Any], Awaitable[None]]

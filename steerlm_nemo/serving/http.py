@@ -15,10 +15,11 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from typing_extensions import TypedDict
 
-from steerlm_nemo.engine.protocol import Completion, ModelInfo, Sample, TokenMade
+from steerlm_nemo.engine.protocol import Completion, Sample, TokenMade
 from steerlm_nemo.engine.worker import EngineDiedError, EngineWorker, QueueFullError
-from steerlm_nemo.serving.requests.generate import BadRequest
+from steerlm_nemo.serving.requests.body import BadRequest
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
@@ -26,6 +27,22 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it tells the log why the row cou
 NATIVE_PATHS = ("/v1/template", "/v1/attributes", "/v1/attribute_lines", "/v1/annotate")  # the rest of /v1/ is OpenAI's
 # The words OpenAI's clients know; their exception types follow from the status alone.
 _OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Error(TypedDict):
+    message: str
+
+
+class OpenAIErrorObject(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(TypedDict):
+    error: OpenAIErrorObject
+
 
 Made = list[tuple[int, TokenMade]]  # (place of the sample in its request, its next token)
 
@@ -38,10 +55,8 @@ class Done:
 class EngineCalls:
     """The engine as routes call it: until the answer is there or the client has gone."""
 
-    def __init__(self, worker: EngineWorker, info: ModelInfo, max_prompts: int) -> None:
+    def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
-        self.info = info
-        self.max_prompts = max_prompts
 
     async def complete(self, request: Request, samples: Sequence[Sample]) -> list[Completion]:
         future = asyncio.wrap_future(self._submit(request, samples, None))
@@ -197,16 +212,6 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-async def http_error(request: Request, err: Exception) -> Response:
-    assert isinstance(err, HTTPException)
-    return error_response(request.url.path, err.status_code, str(err.detail), headers=err.headers)
-
-
-async def bad_request(request: Request, err: Exception) -> Response:
-    assert isinstance(err, BadRequest)
-    return error_response(request.url.path, err.status, str(err), err.param, err.code)
-
-
 async def client_gone(request: Request, err: Exception) -> Response:
     return error_response(request.url.path, CLIENT_CLOSED_REQUEST, "the client went away")
 
@@ -223,13 +228,15 @@ def error_response(
     path: str, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
 ) -> Response:
     """OpenAI's error object where its clients call, NeMo's `message` elsewhere."""
-    if path.startswith("/v1/") and path not in NATIVE_PATHS:
+    if speaks_openai(path):
         return json_response(_openai_error(status, message, param, code), status, headers)
     return json_response({"message": message}, status, headers)
 
 
-def _openai_error(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, dict[str, str | None]]:
+def speaks_openai(path: str) -> bool:
+    return path.startswith("/v1/") and path not in NATIVE_PATHS
+
+
+def _openai_error(status: int, message: str, param: str | None = None, code: str | None = None) -> OpenAIError:
     kind = _OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

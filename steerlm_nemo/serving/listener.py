@@ -58,7 +58,7 @@ def open_listener(port: int, host: str = LOOPBACK, *, has_token: bool = False) -
     return listener
 
 
-def serve(app: Starlette, listener: socket.socket, name: str, drain_s: float = 30) -> None:
+def serve(app: Starlette, listener: socket.socket, name: str, drain_s: float) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish those in flight, for `drain_s` at most, and return.
 
     Meanwhile new requests are answered with 503. A second signal ends the process at once.
@@ -84,7 +84,7 @@ def serve(app: Starlette, listener: socket.socket, name: str, drain_s: float = 3
         http=JsonProtocol,
     )
     print(f"serving {name} on http://{host}:{port}", flush=True)
-    door: FrontDoor = app.state.door
+    door: FrontDoor = app.state.server.door
     DrainingServer(config, door, drain_s).run(sockets=[listener])
     if door.worker.failed is not None:
         raise ServerError(f"stopped serving {name}: the engine died: {door.worker.failed}")

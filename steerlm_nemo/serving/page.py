@@ -34,13 +34,15 @@ async def page(request: Request) -> Response:
 def _page() -> tuple[str, str]:
     """The whole page, and the policy for it."""
     folder = files("steerlm_nemo.serving") / "static"
-    content, style, script = ((folder / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    names = ("page.html", "page.css", "requests.js", "page.js")
+    content, style, requests, own = ((folder / name).read_text("utf-8") for name in names)
+    script = f"{requests}\n{own}"
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    return content.replace("/*page.css*/", style).replace("/*page.js*/", script), policy
+    return content.replace("/*page.css*/", style).replace("/*script*/", script), policy
 
 
 def _digest(text: str) -> str:

@@ -101,10 +101,11 @@ def _continue_prompts(cfg: DictConfig, engine: Any) -> None:
     from omegaconf import OmegaConf
 
     from steerlm_nemo.engine.protocol import complete
-    from steerlm_nemo.serving.app import completion_text
     from steerlm_nemo.serving.requests.generate import GenerateRequest
+    from steerlm_nemo.serving.routes.generate import completion_text
+    from steerlm_nemo.serving.samples.generate import generate_samples
 
     body: dict[str, Any] = OmegaConf.to_container(cfg.inference)  # type: ignore[assignment]
-    request = GenerateRequest.from_json({"sentences": list(cfg.prompts), **body})
-    for completion in complete(engine, request.samples(engine.info)):
+    request = GenerateRequest.from_json({"sentences": list(cfg.prompts), **body}, len(cfg.prompts))
+    for completion in complete(engine, generate_samples(request, engine.info)):
         print(completion_text(completion, engine.info))

@@ -86,11 +86,11 @@ def test_grades_of_messages_are_kept_on_request_and_beliefs_told(value_port):
         ({"messages": [{"role": "user", "content": 1}]}, r"conversations\[1\].messages\[0\].content must be a string"),
         (
             {"messages": [{"role": "user", "content": ""}, {"role": "system", "content": ""}]},
-            r"conversations\[1\].messages\[1\]: only the first",
+            r"conversations\[1\]: message 1: role 'system' is not known here.*system for the first only",
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "attributes": {"qualty": 1}}]},
-            r"conversations\[1\].messages\[0\]: unknown attribute 'qualty'; did you mean 'quality'",
+            r"conversations\[1\]: message 0: unknown attribute 'qualty'; did you mean 'quality'",
         ),
         (
             {"messages": [{"role": "user", "content": "a " * 300}, {"role": "assistant", "content": "bad"}]},
@@ -109,7 +109,9 @@ def test_a_conversation_that_cannot_be_graded_is_named(value_port, conversation,
 
 def test_a_model_that_responds_does_not_grade():
     with live.run_engine(live.engine("VALUE_TO_TEXT")) as port:
-        assert "no value model" in post(port, conversations=[{}]).json()["message"]
+        answer = post(port, conversations=[{}])
+    assert answer.status_code == 404
+    assert "needs a value model" in answer.json()["message"] and "is a SteerLM model" in answer.json()["message"]
 
 
 def test_grades_do_not_depend_on_the_company(value_port, chat_file):

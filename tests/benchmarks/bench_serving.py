@@ -350,12 +350,13 @@ def measure_inside(model_path: str) -> None:
     from steerlm_nemo.engine.megatron import EngineSettings, MegatronEngine
     from steerlm_nemo.engine.protocol import Sample, complete
     from steerlm_nemo.models.loading import load_for_inference
-    from steerlm_nemo.serving.attribute_lines import line_samples
+    from steerlm_nemo.serving.samples.attribute_lines import line_samples
 
     loaded = load_for_inference(model_path)
     # NeMo's own forward pass must not see the engine, which gives attention its other way through only when asked to.
     model = loaded.nemo_model.model
     engine = MegatronEngine(loaded, "model", EngineSettings(64, 1024, 1.0, prefix_reuse=True))
+    served = engine.info.format
 
     def forward(rows: list[list[int]], batch_size: int) -> None:
         with torch.inference_mode():
@@ -367,7 +368,8 @@ def measure_inside(model_path: str) -> None:
     def grade(portions: list[list[str]]) -> None:
         for prompts in portions:
             for first in range(0, len(prompts), 128):
-                complete(engine, line_samples({"prompts": prompts[first : first + 128]}, engine.info))
+                part = {str(number): prompt for number, prompt in enumerate(prompts[first : first + 128])}
+                complete(engine, line_samples(part, [None] * len(part), engine.info, served))
 
     def generate(rows: list[list[int]]) -> None:
         settings: Any = {"min_tokens_to_generate": TOKENS_TO_GENERATE, "greedy": True}

@@ -17,7 +17,6 @@ from hf_engine import HFEngine
 from steerlm_nemo.engine.protocol import Failed
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.model_kind import SteerLMFormat
-from steerlm_nemo.serving.front_door import HttpSettings
 from steerlm_nemo.serving.listener import open_listener
 
 GREEDY = {"greedy": True, "tokens_to_generate": 12}
@@ -263,7 +262,7 @@ def test_a_failing_engine_call_is_500_for_its_own_request_only(engine):
 def test_a_full_queue_is_429_with_retry_after_and_loses_nobody(engine):
     gate = Gate(engine)
     body = {"sentences": ["a"], **GREEDY}
-    with live.run_engine(gate, http=HttpSettings(max_waiting_requests=2)) as port, ThreadPoolExecutor(8) as pool:
+    with live.run_engine(gate, http=live.http(max_waiting_requests=2)) as port, ThreadPoolExecutor(8) as pool:
         url = f"http://127.0.0.1:{port}"
         first = pool.submit(put, url, body)
         gate.entered.wait(10)  # the engine is busy, so whatever comes now has to wait
@@ -281,7 +280,7 @@ def test_a_full_queue_is_429_with_retry_after_and_loses_nobody(engine):
 def test_a_client_that_goes_away_frees_its_place_and_breaks_nobody(engine):
     gate = Gate(engine)
     body = {"sentences": ["a"], **GREEDY}
-    with live.run_engine(gate, http=HttpSettings(max_waiting_requests=1)) as port, ThreadPoolExecutor(4) as pool:
+    with live.run_engine(gate, http=live.http(max_waiting_requests=1)) as port, ThreadPoolExecutor(4) as pool:
         url = f"http://127.0.0.1:{port}"
         first = pool.submit(put, url, body)
         gate.entered.wait(10)

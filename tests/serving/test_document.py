@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -11,9 +12,8 @@ import openapi_spec_validator
 import pytest
 from starlette.routing import Route
 
-from steerlm_nemo.serving.app import build_app
-from steerlm_nemo.serving.front_door import HttpSettings
-from steerlm_nemo.serving.requests.generate import _RULES
+from steerlm_nemo.engine.protocol import EngineCounters
+from steerlm_nemo.model_kind import KINDS
 
 PROMPT = "\x00System\nThree words.\n\n\n\x11User\nSpeak!\n\x11Assistant\n\x12quality:1,humor:2,lang:de\n"
 GRADE = "\x00System\nThree words.\n\n\n\x11User\nSpeak!\n\x11Assistant\nbad dry hello\n\x12"
@@ -43,9 +43,10 @@ EXAMPLES = [
     ("/v1/models/{model}", "get", "/v1/models/VALUE_TO_TEXT", None, 200),
     ("/v1/models/{model}", "get", "/v1/models/x", None, 404),
     ("/v1/annotate", "post", "value model", ANNOTATE, 200),
-    ("/v1/annotate", "post", None, ANNOTATE, 400),
+    ("/v1/annotate", "post", "value model", {"conversations": [{}]}, 400),
     ("/v1/attribute_lines", "post", "value model", {"prompts": [GRADE, GRADE], "given": [{"quality": 3}, None]}, 200),
-    ("/v1/attribute_lines", "post", None, {"prompts": 1}, 400),
+    ("/v1/attribute_lines", "post", "value model", {"prompts": [GRADE], "beliefs": False}, 200),
+    ("/v1/attribute_lines", "post", "value model", {"prompts": 1}, 400),
     ("/v1/attributes", "get", None, None, 200),
     ("/v1/attributes", "get", "base model", None, 404),
     ("/v1/template", "get", None, None, 200),
@@ -60,7 +61,7 @@ EXAMPLES = [
 def urls(genuine_checkpoint):
     from hf_engine import HFEngine
 
-    small = HttpSettings(max_body_mb=2)
+    small = live.http(max_body_mb=2)
     with (
         live.run_engine(live.engine("VALUE_TO_TEXT"), http=small) as chat,
         live.run_engine(live.engine("TEXT_TO_VALUE")) as value,
@@ -71,20 +72,58 @@ def urls(genuine_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def document(urls):
-    return httpx.get(urls(None) + "/openapi.json", trust_env=False).json()
+def documents(urls):
+    return {
+        model: httpx.get(urls(model) + "/openapi.json", trust_env=False).json()
+        for model in (None, "value model", "base model")
+    }
+
+
+@pytest.fixture(scope="module")
+def document(documents):
+    """Of a SteerLM model."""
+    return documents[None]
 
 
 def validate(document, schema, content):
     jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(content)
 
 
-def test_the_document_is_valid_openapi(document):
+def test_the_documents_are_valid_openapi(documents):
+    for document in documents.values():
+        openapi_spec_validator.validate(document)
+
+
+ALWAYS = {"/v1/models", "/v1/models/{model}", "/v1/attributes", "/v1/template", "/health", "/ready", "/metrics"}
+TEXT_ROUTES, CHAT_ROUTES = {"/generate", "/v1/completions"}, {"/v1/chat/completions"}
+GRADING_ROUTES = {"/v1/annotate", "/v1/attribute_lines"}
+ROUTES_OF = {
+    "grader": TEXT_ROUTES | GRADING_ROUTES,
+    "steerlm": TEXT_ROUTES | CHAT_ROUTES,
+    "plain": TEXT_ROUTES,
+    "regression": {"/v1/annotate"},
+    "reward": set(),
+    "preference": TEXT_ROUTES | CHAT_ROUTES,
+    None: TEXT_ROUTES,
+}
+
+
+def app_of(kind):
+    """The application of a model of this kind, which is never asked to do anything."""
+
+    class Idle:
+        counters, info = EngineCounters(), live.engine("VALUE_TO_TEXT").info
+
+    engine = Idle()
+    engine.info = replace(Idle.info, format=kind and replace(Idle.info.format, kind=KINDS[kind]))
+    return live.app(engine)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_a_model_has_the_routes_that_its_kind_can_answer_and_the_document_those(kind):
+    app = app_of(kind)
+    document = app.state.server.document
     openapi_spec_validator.validate(document)
-
-
-def test_every_route_has_an_entry_and_every_entry_a_route(document):
-    app = build_app(live.engine("VALUE_TO_TEXT"))
     routes = {
         (route.path.replace(":path", ""), method.lower())
         for route in app.routes
@@ -92,21 +131,39 @@ def test_every_route_has_an_entry_and_every_entry_a_route(document):
         for method in route.methods - {"HEAD"}
     }
     assert routes == {(path, method) for path, entry in document["paths"].items() for method in entry}
-    assert {(path, method) for path, method, *_ in EXAMPLES} == routes
+    assert {path for path, _ in routes} == ALWAYS | {"/openapi.json"} | ROUTES_OF[kind]
+    assert document["info"]["x-model-kind"] == kind
+    if kind == "steerlm":
+        assert {(path, method) for path, method, *_ in EXAMPLES if path not in GRADING_ROUTES} == routes
 
 
-def test_the_keys_of_generate_are_those_that_are_checked(document):
-    assert list(_RULES) == list(build_keys(document, "GenerateRequest"))
-
-
-def build_keys(document, name):
-    return sorted(document["components"]["schemas"][name]["properties"], key=list(_RULES).index)
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_a_route_that_a_model_cannot_answer_is_404_and_says_who_has_it(kind):
+    every = TEXT_ROUTES | CHAT_ROUTES | GRADING_ROUTES
+    title = KINDS[kind].title if kind else "a checkpoint without a kind, which continues text"
+    absent = sorted(every - ROUTES_OF[kind])
+    with live.run_app(app_of(kind)) as port:
+        for path in absent:
+            answer = httpx.post(f"http://127.0.0.1:{port}{path}", json={}, trust_env=False)
+            assert answer.status_code == 404
+            body = answer.json()
+            if path in TEXT_ROUTES | CHAT_ROUTES and path != "/generate":  # where OpenAI's clients call
+                assert body["error"]["type"] == "not_found_error" and body["error"]["code"] == "not_of_this_kind"
+                body = body["error"]
+            able = [other for other, routes in ROUTES_OF.items() if other and path in routes]
+            assert body["message"].startswith(f"{path} needs ") and body["message"].endswith(f" is {title}")
+            assert all(f"{KINDS[other].title} ({other})" in body["message"] for other in able)
+        card = httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).json()["data"][0]
+        assert card["kind"] == kind and card["abilities"] == sorted(KINDS[kind].abilities if kind else {"generate"})
+        told = httpx.get(f"http://127.0.0.1:{port}/v1/attributes", trust_env=False)
+        assert told.json()["kind"] == kind if kind else told.status_code == 404
 
 
 @pytest.mark.parametrize(("path", "method", "where", "body", "status"), EXAMPLES)
-def test_answers_are_as_documented(urls, document, path, method, where, body, status):
-    operation = document["paths"][path][method]
+def test_answers_are_as_documented(urls, documents, path, method, where, body, status):
     model = where if where in ("value model", "base model") else None
+    document = documents[model]
+    operation = document["paths"][path][method]
     address = urls(model) + (path if model or where is None else where)
     if body is None or isinstance(body, bytes):
         content = {} if body is None else {"content": body}
@@ -123,7 +180,7 @@ def test_answers_are_as_documented(urls, document, path, method, where, body, st
     media_type = answer.headers["content-type"].partition("; charset")[0]
     if media_type == "text/event-stream":
         *events, done = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
-        assert done == "[DONE]" and len(events) > 2
+        assert done == "[DONE]" and len(events) >= 2  # a text and an end; a busy machine may put all text into one
         for event in events:
             validate(document, documented[media_type]["x-event-schema"], json.loads(event))
     elif media_type == "application/json":
@@ -140,7 +197,7 @@ def test_the_schemas_refuse_what_the_server_does_not_answer(document):
 
 
 def test_what_the_request_schema_refuses_the_server_refuses_too(urls, document):
-    """One table is both: the two sides cannot drift apart without this showing it."""
+    """One model is both: the two sides cannot drift apart without this showing it."""
     bodies = [
         {**CHAT, "temperature": 2.5},
         {**CHAT, "stop": [""]},
@@ -158,16 +215,11 @@ def test_what_the_request_schema_refuses_the_server_refuses_too(urls, document):
         assert answer.status_code == 400, body
 
 
-def test_the_documentation_names_every_path_and_every_key_and_its_curl_lines_work(urls, document):
+def test_the_documentation_names_every_path_and_every_key(documents):
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     quoted = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     words = set(" ".join(quoted).split())
-    assert {path.replace("{model}", "NAME") for path in document["paths"]} <= words
-    for name in ("ChatRequest", "CompletionRequest", "AnnotateRequest"):
-        assert set(document["components"]["schemas"][name]["properties"]) <= words
-    lines = re.findall(r"^curl \S+ http://localhost:(\d+)(\S+) .* -d '(.*)'$", text, re.MULTILINE)
-    assert len(lines) == 3
-    for port, path, body in lines:
-        model = {"1427": None, "1424": "value model"}[port]
-        answer = httpx.post(urls(model) + path, json=json.loads(body), trust_env=False, timeout=60)
-        assert answer.status_code == 200, answer.text
+    for document in documents.values():
+        assert {path.replace("{model}", "NAME") for path in document["paths"]} <= words
+    for model, name in ((None, "ChatRequest"), (None, "CompletionRequest"), ("value model", "AnnotateRequest")):
+        assert set(documents[model]["components"]["schemas"][name]["properties"]) <= words

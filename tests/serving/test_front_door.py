@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from steerlm_nemo.client.server import RequestRefusedError, ServerClient
 from steerlm_nemo.config import load_config
 from steerlm_nemo.errors import ConfigError, InputError
-from steerlm_nemo.serving.front_door import TOKEN_VARIABLE, HttpSettings, settings_from
+from steerlm_nemo.serving.front_door import TOKEN_VARIABLE, settings_from
 from steerlm_nemo.serving.listener import open_listener
 
 GENERATE = {"sentences": ["a"], "greedy": True, "tokens_to_generate": 4, "end_strings": []}
@@ -77,7 +77,7 @@ class Slow:
 def test_without_the_token_nothing_is_answered_but_whether_the_server_lives(engine, caplog):
     with (
         caplog.at_level(logging.DEBUG),
-        live.run_engine(engine, http=HttpSettings(token="sesame")) as port,
+        live.run_engine(engine, http=live.http(token="sesame")) as port,
     ):
         for headers in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "Basic sesame"}):
             answer = send(port, headers=headers)
@@ -96,7 +96,7 @@ def test_without_the_token_nothing_is_answered_but_whether_the_server_lives(engi
 
 
 def test_our_own_clients_send_the_token_of_the_environment(engine, monkeypatch):
-    with live.run_engine(engine, http=HttpSettings(token="sesame")) as port:
+    with live.run_engine(engine, http=live.http(token="sesame")) as port:
         monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
         with pytest.raises(RequestRefusedError, match="401.*wants a token"):
             ServerClient("127.0.0.1", port).format()
@@ -106,11 +106,10 @@ def test_our_own_clients_send_the_token_of_the_environment(engine, monkeypatch):
 
 def test_the_token_comes_from_a_file_or_the_environment_never_from_the_command_line(tmp_path, monkeypatch):
     def section(**changes):
-        cfg = load_config(["gpt_model_file=x.nemo"], "megatron_gpt_inference")
-        return OmegaConf.merge(cfg.http, changes)
+        return OmegaConf.merge(live.server_config().http, changes)
 
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
-    assert settings_from(section()) == HttpSettings()
+    assert settings_from(section()) == live.http(token=None)
     monkeypatch.setenv(TOKEN_VARIABLE, "from-environment")
     assert settings_from(section()).token == "from-environment"
     (tmp_path / "token").write_text("from-file\n")
@@ -137,7 +136,7 @@ def test_binding_wide_is_warned_of_where_there_is_no_token(capsys):
 
 
 def test_limits_are_told_by_status(engine):
-    limits = HttpSettings(max_body_mb=0.01, max_prompts=3)
+    limits = live.http(max_body_mb=0.01, max_prompts=3)
     with live.run_engine(engine, http=limits) as port:
         big = json.dumps({**GENERATE, "sentences": ["a" * 20000]}).encode()
         headers = {"content-type": "application/json"}
@@ -272,7 +271,7 @@ def test_a_client_that_leaves_gives_its_rows_back(engine, path, body, record_pro
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_while_it_waits_gives_its_place_back_during_a_long_step(engine, stream):
-    limits = HttpSettings(max_waiting_requests=1)
+    limits = live.http(max_waiting_requests=1)
     with live.run_engine(Slow(engine, 0.3), max_batch_rows=1, http=limits) as port, ThreadPoolExecutor(1) as pool:
         first = pool.submit(send, port, body={**GENERATE, "tokens_to_generate": 5})
         wait_until(lambda: numbers(port)["steerlm_rows_running",] == 1)
@@ -339,7 +338,6 @@ def test_an_engine_that_died_is_503_and_ends_the_server_with_its_reason(tmp_path
 import sys
 import live
 from steerlm_nemo.errors import exit_with_message
-from steerlm_nemo.serving.app import build_app
 from steerlm_nemo.serving.listener import open_listener, serve
 from hf_engine import HFEngine
 from pathlib import Path
@@ -348,7 +346,7 @@ engine = HFEngine.load(Path(sys.argv[1]))
 def step():
     raise RuntimeError("no more")
 engine.step = step
-exit_with_message(lambda: serve(build_app(engine), open_listener(int(sys.argv[2])), "it"))
+exit_with_message(lambda: serve(live.app(engine), open_listener(int(sys.argv[2])), "it", 30))
 """
     with open_listener(0) as free:
         port = free.getsockname()[1]

@@ -15,8 +15,8 @@ from hf_engine import HFEngine
 
 from steerlm_nemo.conversation import Conversation, RecordRef, Turn
 from steerlm_nemo.engine.text import GrowingText, safe_length, token_bytes
-from steerlm_nemo.serving.front_door import HttpSettings
-from steerlm_nemo.serving.requests.openai import NO_EFFECT, chat_request
+from steerlm_nemo.serving.requests.openai import ChatRequest, Only, WithoutEffect
+from steerlm_nemo.serving.samples.openai import chat_samples, requested_line
 from steerlm_nemo.steering.steer import Sampling, steer
 
 VALUES = {"quality": 1, "humor": 2, "lang": "de"}
@@ -47,6 +47,11 @@ def client_of(port, **options):
 def chat(client, messages=ASK, **options):
     settings = {"temperature": 0, "extra_body": STEERED, **options}
     return client.chat.completions.create(model="VALUE_TO_TEXT", messages=messages, **settings)
+
+
+def samples_of(body, info):
+    request = ChatRequest.from_json(body, max_prompts=128)
+    return chat_samples(request, requested_line(request, info.format), info, info.format, 128).samples
 
 
 def streamed(chunks):
@@ -102,7 +107,7 @@ def test_the_prompt_of_a_chat_is_the_beginning_of_a_training_record_token_by_tok
         ],
         "attributes": dict(reversed(VALUES.items())),
     }
-    prompt = chat_request(body, engine.info).samples[0].prompt_ids
+    prompt = samples_of(body, engine.info)[0].prompt_ids
     assert prompt == trained.token_ids[: len(prompt)]
     assert tokenizer.decode(list(trained.token_ids[len(prompt) :])) == "poor laugh hallo\n\x11"
 
@@ -117,7 +122,7 @@ def test_a_chat_is_answered_as_the_steering_client_is(client, port):
 
 def test_usage_counts_real_tokens_and_length_is_told_from_stop(client, engine):
     answer = chat(client, max_completion_tokens=2, n=3)
-    prompt = chat_request({"messages": ASK, "attributes": VALUES}, engine.info).samples[0].prompt_ids
+    prompt = samples_of({"messages": ASK, "attributes": VALUES}, engine.info)[0].prompt_ids
     assert [choice.finish_reason for choice in answer.choices] == ["length"] * 3
     assert answer.usage.prompt_tokens == len(prompt)
     assert answer.usage.completion_tokens == 2 * 3
@@ -200,7 +205,7 @@ def test_log_probabilities_are_those_of_the_model(client, engine):
     answer = chat(client, logprobs=True, top_logprobs=4)
     content = answer.choices[0].logprobs.content
     assert b"".join(bytes(token.bytes) for token in content) == answer.choices[0].message.content.encode()
-    prompt = chat_request({"messages": ASK, "attributes": VALUES}, engine.info).samples[0].prompt_ids
+    prompt = samples_of({"messages": ASK, "attributes": VALUES}, engine.info)[0].prompt_ids
     ids = [*prompt, *engine.info.tokenizer.encode_continuation(answer.choices[0].message.content)]
     with torch.no_grad():
         expected = engine.model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -251,14 +256,14 @@ def test_a_genuine_base_model_completes_text_and_says_why_it_cannot_chat(genuine
         )
         assert len(answer.choices[0].text) > 100
         assert expected.strip().startswith(answer.choices[0].text.strip())
-        with pytest.raises(openai.BadRequestError, match="carries no chat format.*/v1/completions"):
+        with pytest.raises(openai.NotFoundError, match="needs a SteerLM model.*without a kind, which continues text"):
             client.chat.completions.create(model=model, messages=ASK)
 
 
 def test_a_value_model_says_that_it_grades_and_does_not_chat():
     with (
         live.run_engine(live.engine("TEXT_TO_VALUE")) as port,
-        pytest.raises(openai.BadRequestError, match="it grades"),
+        pytest.raises(openai.NotFoundError, match="needs a SteerLM model.*is a value model, which grades"),
     ):
         client_of(port).chat.completions.create(model="TEXT_TO_VALUE", messages=ASK)
 
@@ -309,12 +314,11 @@ def test_what_cannot_be_done_raises_the_clients_bad_request_error_naming_the_key
 def test_every_argument_of_the_client_is_honoured_or_refused_by_name(client, engine):
     ours = {"self", "messages", "model", "extra_headers", "extra_query", "extra_body", "timeout"}
     arguments = set(inspect.signature(client.chat.completions.create).parameters) - ours
-    from steerlm_nemo.serving.requests.openai import CHAT
-
+    known = ChatRequest.model_fields
     for key in sorted(arguments):
-        if key in NO_EFFECT:
-            assert chat_request({"messages": ASK, key: "x"}, engine.info).samples
-        elif key not in CHAT["properties"] or "enum" in CHAT["properties"][key]:
+        if key in WithoutEffect.model_fields:
+            assert samples_of({"messages": ASK, key: "x"}, engine.info)
+        elif key not in known or any(isinstance(word, Only) for word in known[key].metadata):
             with pytest.raises(openai.BadRequestError) as caught:
                 chat(client, extra_body={key: "x"})
             assert caught.value.param == key
@@ -334,7 +338,7 @@ def test_other_failures_raise_the_clients_other_errors(engine):
             return engine.step()
 
     with (
-        live.run_engine(Stuck(), max_batch_rows=1, http=HttpSettings(max_waiting_requests=1)) as port,
+        live.run_engine(Stuck(), max_batch_rows=1, http=live.http(max_waiting_requests=1)) as port,
         ThreadPoolExecutor(4) as pool,
     ):
         client = client_of(port)

@@ -26,7 +26,6 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from steerlm_nemo.conversation import TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, RecordRef, Turn
 from steerlm_nemo.model_kind import STEERLM, SteerLMFormat
-from steerlm_nemo.serving.front_door import HttpSettings
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -350,7 +349,7 @@ def is_idle(engine: HFEngine) -> bool:
 
 
 def test_a_prompt_that_is_too_long_a_full_queue_and_a_wrong_setting_are_told(page: Page, endless: HFEngine) -> None:
-    with live.run_engine(endless, http=HttpSettings(max_waiting_requests=0)) as port:
+    with live.run_engine(endless, http=live.http(max_waiting_requests=0)) as port:
         page.open(port)
         page.one("#compare").click()
         page.ask("Tell me.")
@@ -370,7 +369,7 @@ def test_a_prompt_that_is_too_long_a_full_queue_and_a_wrong_setting_are_told(pag
 
 
 def test_a_token_is_asked_for_and_never_copied(page: Page) -> None:
-    with live.run_engine(live.engine(VALUE_TO_TEXT), http=HttpSettings(token="open-sesame")) as port:
+    with live.run_engine(live.engine(VALUE_TO_TEXT), http=live.http(token="open-sesame")) as port:
         page.open(port)
         assert "wants a bearer token" in page.alerts()[0]
         page.set("#token-value", "open-barley")
@@ -465,4 +464,4 @@ def test_an_installed_package_has_the_page(tmp_path: Path) -> None:
     command = [sys.executable, "-c", build, "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True)
     static = tmp_path / "steerlm_nemo" / "serving" / "static"
-    assert sorted(file.name for file in static.iterdir()) == ["page.css", "page.html", "page.js"]
+    assert sorted(file.name for file in static.iterdir()) == ["page.css", "page.html", "page.js", "requests.js"]

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import pytest
@@ -8,7 +7,9 @@ from hypothesis import strategies as st
 
 from steerlm_nemo.engine.protocol import ModelInfo
 from steerlm_nemo.model_kind import STEERLM, SteerLMFormat
-from steerlm_nemo.serving.requests.generate import BadRequest, GenerateRequest
+from steerlm_nemo.serving.requests.body import BadRequest
+from steerlm_nemo.serving.requests.generate import GenerateRequest, Nemo123Request
+from steerlm_nemo.serving.samples.generate import generate_samples
 from steerlm_nemo.template import ChatTemplate
 
 ONE = {"sentences": ["hi"]}
@@ -21,29 +22,33 @@ def info(tmp_path_factory):
     return ModelInfo("tiny", tokenizer, tokenizer.vocab_size, 64, served, {})
 
 
-def refusal(body, **options):
+def read(body, model=GenerateRequest):
+    return model.from_json(body, max_prompts=128)
+
+
+def refusal(body, model=GenerateRequest):
     with pytest.raises(BadRequest) as err:
-        GenerateRequest.from_json(body, **options)
+        read(body, model)
     return str(err.value)
 
 
 def test_defaults_are_the_references():
-    request = GenerateRequest.from_json(ONE)
-    assert request == GenerateRequest(
-        sentences=("hi",),
-        tokens_to_generate=64,
-        all_probs=False,
-        temperature=1.0,
-        add_BOS=False,
-        greedy=False,
-        top_k=0,
-        top_p=0.9,
-        repetition_penalty=1.0,
-        end_strings=("<|endoftext|>",),
-        min_tokens_to_generate=0,
-        compute_logprob=False,
-        random_seed=None,
-    )
+    assert read(ONE).model_dump(exclude={"task_ids"}) == {
+        "sentences": ["hi"],
+        "tokens_to_generate": 64,
+        "all_probs": False,
+        "temperature": 1.0,
+        "add_BOS": False,
+        "greedy": False,
+        "top_k": 0,
+        "top_p": 0.9,
+        "repetition_penalty": 1.0,
+        "end_strings": ["<|endoftext|>"],
+        "min_tokens_to_generate": 0,
+        "neighbors": None,
+        "compute_logprob": False,
+        "random_seed": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -80,12 +85,12 @@ def test_every_broken_rule_gets_the_references_message(key, values, message):
         ("top_k", 3.0, 3),
         ("top_p", 0, 0.0),
         ("top_p", 1, 1.0),
-        ("end_strings", [], ()),
+        ("end_strings", [], []),
         ("random_seed", 2**53 + 1, 2**53 + 1),
     ],
 )
 def test_values_at_the_edge_are_taken(key, value, taken):
-    assert getattr(GenerateRequest.from_json({**ONE, key: value}), key) == taken
+    assert getattr(read({**ONE, key: value}), key) == taken
 
 
 @pytest.mark.parametrize("sentences", [[], "hi", [1], None, [["a"]], ["\ud800"]])
@@ -99,7 +104,7 @@ def test_a_missing_list_of_sentences_is_named():
 
 
 def test_129_sentences_are_too_many_and_128_are_not():
-    assert len(GenerateRequest.from_json({"sentences": ["hi"] * 128}).sentences) == 128
+    assert len(read({"sentences": ["hi"] * 128}).sentences) == 128
     assert refusal({"sentences": ["hi"] * 129}) == "Maximum number of sentences is 128"
 
 
@@ -112,15 +117,15 @@ def test_task_ids_are_refused_with_the_references_words():
 
 def test_neighbors_are_for_retrieval_models():
     assert "RETRO" in refusal({**ONE, "neighbors": 2})
-    assert GenerateRequest.from_json({**ONE, "neighbors": None})
-    assert GenerateRequest.from_json({**ONE, "neighbors": 2}, compat="nemo1.23")
+    assert read({**ONE, "neighbors": None})
+    assert read({**ONE, "neighbors": 2}, Nemo123Request)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one():
     assert (
         refusal({**ONE, "temprature": 1}) == "The request key 'temprature' is not allowed; did you mean 'temperature'?"
     )
-    assert GenerateRequest.from_json({**ONE, "temprature": 1}, compat="nemo1.23") == GenerateRequest.from_json(ONE)
+    assert read({**ONE, "temprature": 1}, Nemo123Request).model_dump() == read(ONE).model_dump()
 
 
 def test_checks_run_in_the_references_order():
@@ -132,16 +137,16 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-known = [field.name for field in dataclasses.fields(GenerateRequest)]
-bodies = st.dictionaries(st.sampled_from([*known, "task_ids", "neighbors", "other"]), json_values, max_size=6)
+known = list(GenerateRequest.model_fields)
+bodies = st.dictionaries(st.sampled_from([*known, "other"]), json_values, max_size=6)
 
 
-@given(body=bodies, compat=st.sampled_from([None, "nemo1.23"]), ok=st.booleans())
-def test_any_json_is_either_a_request_or_a_bad_request(info, body, compat, ok):
+@given(body=bodies, model=st.sampled_from([GenerateRequest, Nemo123Request]), ok=st.booleans())
+def test_any_json_is_either_a_request_or_a_bad_request(info, body, model, ok):
     if ok:
         body["sentences"] = ["hi"]
     try:
-        samples = GenerateRequest.from_json(body, compat).samples(info)
+        samples = generate_samples(read(body, model), info)
     except BadRequest as err:
         assert str(err)
     else:
@@ -149,7 +154,7 @@ def test_any_json_is_either_a_request_or_a_bad_request(info, body, compat, ok):
 
 
 def first_sample(info, **keys):
-    return GenerateRequest.from_json({**ONE, **keys}).samples(info)[0]
+    return generate_samples(read({**ONE, **keys}), info)[0]
 
 
 def test_one_token_end_strings_stop_by_id_and_longer_ones_by_text(info):
@@ -169,25 +174,25 @@ def test_bos_comes_first_and_only_on_request(info):
 
 
 def test_an_empty_sentence_needs_bos(info):
-    assert GenerateRequest.from_json({"sentences": [""], "add_BOS": True}).samples(info)[0].prompt_ids == (1,)
+    assert generate_samples(read({"sentences": [""], "add_BOS": True}), info)[0].prompt_ids == (1,)
     with pytest.raises(BadRequest, match=r"sentences\[1\] is empty"):
-        GenerateRequest.from_json({"sentences": ["a", ""]}).samples(info)
+        generate_samples(read({"sentences": ["a", ""]}), info)
 
 
 def test_tokens_to_generate_are_clipped_to_the_context_and_a_full_prompt_is_refused(info):
     ids = info.tokenizer.encode("hello " * 20)
-    sample = GenerateRequest.from_json({"sentences": ["hello " * 20], "tokens_to_generate": 4096}).samples(info)[0]
+    sample = generate_samples(read({"sentences": ["hello " * 20], "tokens_to_generate": 4096}), info)[0]
     assert sample.tokens_to_generate == 64 - len(ids)
     with pytest.raises(BadRequest, match="the model's context is 64 tokens"):
-        GenerateRequest.from_json({"sentences": ["hello " * 100]}).samples(info)
+        generate_samples(read({"sentences": ["hello " * 100]}), info)
 
 
 def test_all_probs_of_a_whole_library_are_refused_before_they_fill_the_memory(info):
     body = {"sentences": ["hi"], "all_probs": True, "tokens_to_generate": 60}
-    assert GenerateRequest.from_json(body).samples(info)
+    assert generate_samples(read(body), info)
     big = ModelInfo("big", info.tokenizer, 10**6, 64, info.format, {})
     with pytest.raises(BadRequest, match="all_probs would answer with"):
-        GenerateRequest.from_json(body).samples(big)
+        generate_samples(read(body), big)
 
 
 def test_messages_survive_json():

@@ -14,21 +14,26 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import tiny_world
 import uvicorn
 from hf_engine import HFEngine
+from omegaconf import DictConfig
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from steerlm_nemo.compat.http_server import JsonProtocol
+from steerlm_nemo.config import load_config
 from steerlm_nemo.engine.protocol import Engine
 from steerlm_nemo.model_kind import SteerLMFormat
 from steerlm_nemo.serving.app import build_app
-from steerlm_nemo.serving.listener import JsonProtocol, open_listener
+from steerlm_nemo.serving.front_door import HttpSettings, settings_from
+from steerlm_nemo.serving.listener import open_listener
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -65,9 +70,24 @@ def run_app(app: Starlette) -> Iterator[int]:
         thread.join()
 
 
+def server_config() -> DictConfig:
+    return load_config(["gpt_model_file=x.nemo"], "megatron_gpt_inference")
+
+
+def http(**changes: object) -> HttpSettings:
+    """The settings that a server has where its config is left as it is, but for these; the token is not looked up."""
+    return replace(settings_from(server_config().http), **{"token": None, **changes})  # type: ignore[arg-type]
+
+
+def app(engine: Engine, **options: object) -> Starlette:
+    """As the server builds it from its config, but for these options of `build_app`."""
+    defaults = {"http": http(), "max_batch_rows": server_config().engine.max_batch_rows}
+    return build_app(engine, **{**defaults, **options})  # type: ignore[arg-type]
+
+
 @contextmanager
 def run_engine(engine: Engine, **options: object) -> Iterator[int]:
-    with run_app(build_app(engine, **options)) as port:  # type: ignore[arg-type]
+    with run_app(app(engine, **options)) as port:
         yield port
 
 

@@ -7,59 +7,198 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from typing_extensions import NotRequired, TypedDict
 
 from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.engine.protocol import Completion, ModelInfo, Sample, TokenMade
 from steerlm_nemo.engine.text import GrowingText, safe_length, token_bytes, without_end
-from steerlm_nemo.serving.http import Done, EngineCalls, EventStream, Made, json_body, json_response
-from steerlm_nemo.serving.requests.openai import Asked, chat_request, completion_request, require_model
+from steerlm_nemo.serving.http import Done, EventStream, Made, json_response
+from steerlm_nemo.serving.requests.body import BadRequest
+from steerlm_nemo.serving.requests.openai import ChatRequest, CompletionRequest, SampledRequest
+from steerlm_nemo.serving.routes.operation import Server, abilities_of
+from steerlm_nemo.serving.samples.openai import Asked, chat_samples, completion_samples, requested_line
+
+Ends = Literal["stop", "length"]
 
 
-def openai_routes(calls: EngineCalls) -> list[Route]:
-    """`created` in the answers about the model is the time when this was called."""
-    info, started = calls.info, int(time.time())
+class Usage(TypedDict):
+    """Real tokens, the one that ended a text included; each prompt once."""
 
-    async def chat(request: Request) -> Response:
-        asked = await asyncio.to_thread(chat_request, await json_body(request), info, calls.max_prompts)
-        return await _answer(request, asked, _ChatForm(info, asked.line))
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
 
-    async def completions(request: Request) -> Response:
-        asked = await asyncio.to_thread(completion_request, await json_body(request), info, calls.max_prompts)
-        return await _answer(request, asked, _CompletionForm(info))
 
-    async def _answer(request: Request, asked: Asked, form: _Form) -> Response:
-        if asked.stream:
-            return EventStream(_events(calls.stream(request, asked.samples), asked, form))
-        completions = await calls.complete(request, asked.samples)
-        return await asyncio.to_thread(lambda: json_response(_whole(completions, asked, form)))
+class SpelledToken(TypedDict):
+    token: str
+    bytes: list[int]
+    logprob: float
 
-    card = {
+
+class ChatToken(SpelledToken):
+    top_logprobs: list[SpelledToken]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatToken]
+    refusal: None
+
+
+class CompletionLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class ChatMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    index: int
+    finish_reason: Ends
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatDelta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    index: int
+    finish_reason: Ends | None
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    finish_reason: Ends
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class CompletionChunkChoice(TypedDict):
+    index: int
+    finish_reason: Ends | None
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class Head(TypedDict):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str | None
+
+
+class ChatAnswer(Head):
+    """`attributes` is the full line that the response was asked for at."""
+
+    object: Literal["chat.completion"]
+    attributes: dict[str, int | str]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatChunk(Head):
+    object: Literal["chat.completion.chunk"]
+    attributes: dict[str, int | str]
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class CompletionAnswer(Head):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(Head):
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class Model(TypedDict):
+    """`abilities` are what the kind of the model lets it be asked for."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int
+    kind: str | None
+    abilities: list[str]
+
+
+class Models(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
+    _require_model(body.model, server.info)
+    served = server.format()
+    line = requested_line(body, served)
+    asked = await asyncio.to_thread(chat_samples, body, line, server.info, served, server.max_prompts)
+    return await _answer(server, request, body, asked, _ChatForm(server.info, line))
+
+
+async def completions(server: Server, request: Request, body: CompletionRequest) -> Response:
+    _require_model(body.model, server.info)
+    asked = await asyncio.to_thread(completion_samples, body, server.info, server.max_prompts)
+    return await _answer(server, request, body, asked, _CompletionForm(server.info))
+
+
+async def models(server: Server, request: Request, body: None) -> Response:
+    found: Models = {"object": "list", "data": [_card(server)]}
+    return json_response(found)
+
+
+async def model(server: Server, request: Request, body: None) -> Response:
+    _require_model(request.path_params["model"], server.info)
+    return json_response(_card(server))
+
+
+def _card(server: Server) -> Model:
+    info = server.info
+    return {
         "id": info.name,
         "object": "model",
-        "created": started,
+        "created": server.started,
         "owned_by": "steerlm-nemo",
         "context_length": info.context_length,
         "kind": info.format.kind.name if info.format else None,
+        "abilities": sorted(abilities_of(info)),
     }
 
-    async def models(request: Request) -> Response:
-        return json_response({"object": "list", "data": [card]})
 
-    async def model(request: Request) -> Response:
-        require_model(request.path_params["model"], info)
-        return json_response(card)
+def _require_model(name: str | None, info: ModelInfo) -> None:
+    if name is not None and name != info.name:
+        raise BadRequest(
+            f"model {name[:100]!r} is not served here; this server has {info.name!r}",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
 
-    return [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/models", models),
-        Route("/v1/models/{model:path}", model),
-    ]
+
+async def _answer(server: Server, request: Request, body: SampledRequest, asked: Asked, form: _Form) -> Response:
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(_events(server.calls.stream(request, asked.samples), asked, form, include_usage))
+    completions = await server.calls.complete(request, asked.samples)
+    return await asyncio.to_thread(lambda: json_response(_whole(completions, asked, form)))
 
 
 class _Row:
@@ -126,9 +265,9 @@ class _Form:
 class _ChatForm(_Form):
     whole, part, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, info: ModelInfo, line: Attributes | None) -> None:
+    def __init__(self, info: ModelInfo, line: Attributes) -> None:
         super().__init__(info)
-        self.head["attributes"] = line.as_dict() if line else None
+        self.head["attributes"] = line.as_dict()
 
     def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
@@ -201,9 +340,11 @@ def _tokens(completion: Completion) -> list[TokenMade]:
     ]
 
 
-async def _events(source: AsyncGenerator[Made | Done], asked: Asked, form: _Form) -> AsyncGenerator[object]:
+async def _events(
+    source: AsyncGenerator[Made | Done], asked: Asked, form: _Form, include_usage: bool
+) -> AsyncGenerator[object]:
     head = {**form.head, "object": form.part}
-    if asked.include_usage:
+    if include_usage:
         head["usage"] = None
     rows = [_Row(sample, asked, form.info) for sample in asked.samples]
 
@@ -236,7 +377,7 @@ async def _events(source: AsyncGenerator[Made | Done], asked: Asked, form: _Form
         if news[0]:
             yield event(index, news)
         yield event(index, (None, []), completion.finish_reason)
-    if asked.include_usage:
+    if include_usage:
         yield {**head, "choices": [], "usage": _usage(completions, asked)}
 
 

@@ -3,10 +3,12 @@
 // and allows no policy, so that a forgotten innerHTML would throw instead of running what a model wrote.
 
 const SIDES = ["A", "B"];
+// What the page is for, by the first of these abilities that the model's kind has.
+const MODES = { chat: "steer", grade: "grade", generate: "continue" };
 const $ = (id) => document.getElementById(id);
 const narrow = matchMedia("(max-width: 60rem)"); // as in the style sheet: settings above the conversation
 
-let served; // {model, contextLength, format}; format null: a model without attributes
+let served; // {model, kind, abilities, contextLength, format}; kind and format null: a checkpoint without
 let turns = []; // {prompt, answers: {A: answer, B: answer}, kept: "A", "B" or undefined, element}
 let running = null; // AbortController of the answers being written
 
@@ -105,13 +107,9 @@ async function begin() {
   $("problem").hidden = true;
   $("work").hidden = true;
   try {
-    const health = await (await ask("/health")).json();
-    served = { model: health.model, contextLength: health.context_length, format: null };
-    try {
-      served.format = await (await ask("/v1/attributes")).json();
-    } catch (error) {
-      if (error.status !== 404) throw error;
-    }
+    const { id, kind, abilities, context_length } = (await (await ask("/v1/models")).json()).data[0];
+    served = { model: id, kind, abilities, contextLength: context_length, format: null };
+    if (kind) served.format = await (await ask("/v1/attributes")).json();
   } catch (error) {
     if (error.status === 401) return wantToken(begin);
     $("served").textContent = "";
@@ -119,13 +117,19 @@ async function begin() {
     $("problem").hidden = false;
     return;
   }
-  const mode = { steerlm: "steer", preference: "steer", grader: "grade" }[served.format?.kind] ?? "continue";
+  const mode = MODES[Object.keys(MODES).find((ability) => served.abilities.includes(ability))] ?? "none";
   for (const part of document.querySelectorAll("[data-for]")) part.hidden = !part.dataset.for.split(" ").includes(mode);
   document.body.dataset.mode = mode;
   document.title = `${served.model} · SteerLM`;
   $("served").replaceChildren(
     element("b", { textContent: served.model }),
-    { steer: " answers at the grades you ask for", grade: " grades responses", continue: " continues text" }[mode] +
+    ` (${served.kind ?? "no kind"}) ` +
+      {
+        steer: "answers at the attributes you ask for",
+        grade: "gives responses attributes",
+        continue: "continues text",
+        none: "has nothing that this page could show",
+      }[mode] +
       `; context ${served.contextLength} tokens`,
   );
   $("max-tokens").max = served.contextLength - 1;
@@ -134,18 +138,18 @@ async function begin() {
     makeSliders();
     $("empty").textContent =
       `Set the ${served.format.schema.attributes.length} attributes, then ask. ` +
-      "A and B get the same question; what differs between the answers comes from the grades you asked for.";
+      "A and B get the same question; what differs between the answers comes from the attributes.";
   }
   if (mode === "continue") {
     $("why-plain").textContent = served.format
-      ? "This model was trained on conversations without grades, so there is nothing to steer. It continues text:"
+      ? "This model was trained on conversations without attributes, so there is nothing to steer. It continues text:"
       : "This checkpoint carries no attribute schema (it was not trained with SteerLM), so there is nothing to steer " +
         "and no chat template. It continues text:";
   }
   $("work").hidden = false;
   sampling();
   // A phone would open its keyboard.
-  if (!narrow.matches) $({ steer: "prompt", grade: "question", continue: "text" }[mode]).focus();
+  if (!narrow.matches) $({ steer: "prompt", grade: "question", continue: "text", none: "theme" }[mode]).focus();
 }
 
 function wantToken(then) {
@@ -287,21 +291,16 @@ function sampling() {
   for (const id of ["temperature", "top-p", "seed"]) $(id).disabled = $("greedy").checked;
 }
 
-/** The sampling part of a request. A seed is always named, so that the request can be repeated. */
+/** The sampling part of a request. */
 function drawn() {
-  const drawing = $("greedy").checked
-    ? { temperature: 0 }
-    : {
-        temperature: Number($("temperature").value),
-        top_p: Number($("top-p").value),
-        seed: $("seed").value === "" ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 : Number($("seed").value),
-      };
-  return {
-    max_tokens: Number($("max-tokens").value),
-    ...drawing,
-    stream: true,
-    stream_options: { include_usage: true },
-  };
+  const seed = $("seed").value;
+  return samplingOf({
+    greedy: $("greedy").checked,
+    temperature: Number($("temperature").value),
+    topP: Number($("top-p").value),
+    seed: seed === "" ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 : Number(seed),
+    maxTokens: Number($("max-tokens").value),
+  });
 }
 
 function settingsAreGood() {
@@ -414,37 +413,23 @@ function follow(change) {
 
 /* ---- chat ---- */
 
-function systemMessage(id) {
-  const content = $(id).value.toWellFormed();
-  return content.trim() ? [{ role: "system", content }] : [];
-}
-
 /** What a setting remembers: its own answers, or the one that was chosen for both. Failed ones are left out. */
 function history(side, until) {
   return turns.slice(0, until).flatMap(({ prompt, answers, kept }) => {
     const answer = answers[kept ?? side];
     if (!answer?.text.data || answer.state === "failed") return [];
-    const { attributes } = answer.body;
-    return [
-      { role: "user", content: prompt },
-      { role: "assistant", content: answer.text.data, attributes },
-    ];
+    return [{ prompt, response: answer.text.data, attributes: answer.body.attributes }];
   });
 }
 
 function send(prompt, place = turns.length) {
   if (running || !prompt.trim() || !settingsAreGood()) return;
   const sides = $("compare").checked ? SIDES : ["A"];
-  const system = systemMessage("system");
-  const common = drawn();
+  const system = $("system").value;
+  const sampled = drawn();
   const answers = {};
   for (const side of sides) {
-    const body = {
-      model: served.model,
-      messages: [...system, ...history(side, place), { role: "user", content: prompt.toWellFormed() }],
-      attributes: values(side),
-      ...common,
-    };
+    const body = chatBody(served.model, system, history(side, place), prompt, values(side), sampled);
     answers[side] = makeAnswer("/v1/chat/completions", body, {
       side,
       kind: "chat",
@@ -494,19 +479,8 @@ function clearChat() {
 /* ---- other models ---- */
 
 async function grade() {
-  const body = {
-    conversations: [
-      {
-        messages: [
-          ...systemMessage("grading-system"),
-          { role: "user", content: $("question").value.toWellFormed() },
-          { role: "assistant", content: $("response").value.toWellFormed() },
-        ],
-      },
-    ],
-    soft: true,
-  };
-  const shown = element("section", { className: "graded", "aria-label": "Grades" });
+  const body = annotateBody($("grading-system").value, $("question").value, $("response").value);
+  const shown = element("section", { className: "graded", "aria-label": "Attributes" });
   $("grades").prepend(shown);
   $("grade").disabled = true;
   try {
@@ -515,7 +489,7 @@ async function grade() {
     const line = schemaKeys().map((key) => `${key}:${attributes[key]}`);
     shown.append(
       element("p", { className: "text response", textContent: content }),
-      gradeTable(attributes, attributes_soft),
+      attributeTable(attributes, attributes_soft),
       element("p", {}, element("code", { textContent: line.join(",") })),
       button("Request", () => showRequest("/v1/annotate", body)),
     );
@@ -526,11 +500,11 @@ async function grade() {
   $("grade").disabled = false;
 }
 
-/** What the model chose, and how its belief spreads over the legal values. */
-function gradeTable(attributes, beliefs) {
+/** What the model chose, and how sure it was of every legal value. */
+function attributeTable(attributes, soft) {
   const rows = schemaKeys().map((name) => {
     const value = attributes[name];
-    const { expected, confidence, probabilities } = beliefs[name];
+    const { expected, confidence, probabilities } = soft[name];
     const likely = Object.entries(probabilities);
     if (name === "lang") likely.sort((one, other) => other[1] - one[1]).splice(3); // of dozens, the likeliest
     const shares = likely.map(([option, share]) => {
@@ -545,10 +519,10 @@ function gradeTable(attributes, beliefs) {
       element("td", { className: "value", textContent: value }),
       element("td", { className: "number", textContent: percent(confidence) }),
       element("td", { className: "number", textContent: expected?.toFixed(2) ?? "" }),
-      element("td", { className: "belief" }, ...shares),
+      element("td", { className: "shares" }, ...shares),
     );
   });
-  const heads = ["attribute", "grade", "sure", "mean", "belief"].map((textContent) =>
+  const heads = ["attribute", "value", "sure", "mean", "of each value"].map((textContent) =>
     element("th", { scope: "col", textContent }),
   );
   return element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows));
@@ -560,7 +534,7 @@ function percent(share) {
 
 function continueText() {
   if (running || !settingsAreGood()) return;
-  const body = { model: served.model, prompt: $("text").value.toWellFormed(), ...drawn() };
+  const body = completionBody(served.model, $("text").value, drawn());
   const answer = makeAnswer("/v1/completions", body, { kind: "text", textOf: (choice) => choice.text });
   $("continued").prepend(answer.element);
   runAll([answer]);
