@@ -79,11 +79,11 @@ class Body(Strict):
         """Before anything else, so that a misspelt key is named and not what is missing for it."""
         if not isinstance(value, dict):
             return value
+        known = _keys(cls)
         given = {key: item for key, item in value.items() if item is not None} if None in value.values() else value
-        if cls.model_config.get("extra") == "forbid" and not given.keys() <= cls.model_fields.keys():
-            key = next(key for key in given if key not in cls.model_fields)
-            near = difflib.get_close_matches(key[:100], cls.model_fields, n=1)
-            known = sorted(cls.model_fields, key=lambda name: not cls.model_fields[name].is_required())
+        if not given.keys() <= known.keys():
+            key = next(key for key in given if key not in known)
+            near = difflib.get_close_matches(key[:100], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise PydanticCustomError("unknown_key", "unknown", {"key": shown(key), "hint": hint})
         return given
@@ -107,6 +107,13 @@ class Body(Strict):
         if own.get("additionalProperties") is False:
             own["additionalProperties"] = {"type": "null"}
         return told
+
+
+@cache
+def _keys(model: type[Body]) -> dict[str, None]:
+    """Those that must be there first."""
+    fields = model.model_fields
+    return dict.fromkeys(sorted(fields, key=lambda name: not fields[name].is_required()))
 
 
 def _or_null(part: JsonSchemaValue, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
