@@ -414,7 +414,7 @@ function follow(change) {
 /* ---- chat ---- */
 
 /** What a setting remembers: its own answers, or the one that was chosen for both. Failed ones are left out. */
-function history(side, until) {
+function earlier(side, until) {
   return turns.slice(0, until).flatMap(({ prompt, answers, kept }) => {
     const answer = answers[kept ?? side];
     if (!answer?.text.data || answer.state === "failed") return [];
@@ -429,7 +429,7 @@ function send(prompt, place = turns.length) {
   const sampled = drawn();
   const answers = {};
   for (const side of sides) {
-    const body = chatBody(served.model, system, history(side, place), prompt, values(side), sampled);
+    const body = chatBody(served.model, system, earlier(side, place), prompt, values(side), sampled);
     answers[side] = makeAnswer("/v1/chat/completions", body, {
       side,
       kind: "chat",
