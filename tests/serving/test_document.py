@@ -101,7 +101,7 @@ ROUTES_OF = {
     "grader": TEXT_ROUTES | GRADING_ROUTES,
     "steerlm": TEXT_ROUTES | CHAT_ROUTES,
     "plain": TEXT_ROUTES,
-    "regression": {"/v1/annotate"},
+    "regression": set(),
     "reward": set(),
     "preference": TEXT_ROUTES | CHAT_ROUTES,
     None: TEXT_ROUTES,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from steerlm_nemo.model_kind import CHAT, GENERATE, GRADE, LINES
+from steerlm_nemo.model_kind import CHAT, GENERATE, LINES
 from steerlm_nemo.serving.requests.generate import GenerateRequest, Nemo123Request
 from steerlm_nemo.serving.requests.grading import AnnotateRequest, AttributeLinesRequest
 from steerlm_nemo.serving.requests.openai import ChatRequest, CompletionRequest
@@ -62,7 +62,7 @@ TABLE = (
         annotate,
         AnnotateAnswer,
         AnnotateRequest,
-        GRADE,
+        LINES,  # that is how it grades; a model that grades by numbers alone cannot answer it
     ),
     Operation(
         ("POST",),

@@ -4,7 +4,7 @@
 
 const SIDES = ["A", "B"];
 // What the page is for, by the first of these abilities that the model's kind has.
-const MODES = { chat: "steer", grade: "grade", generate: "continue" };
+const MODES = { chat: "steer", lines: "grade", generate: "continue" };
 const $ = (id) => document.getElementById(id);
 const narrow = matchMedia("(max-width: 60rem)"); // as in the style sheet: settings above the conversation
 
