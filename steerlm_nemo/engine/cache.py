@@ -3,6 +3,9 @@
 A place holds the keys and values of one token, in all layers. What they are depends on that token and those before it
 only, so rows that begin alike share places. A row's line in the tables stays when it has ended, until its line or its
 places are needed: whatever begins like it takes its places over. Least recently used lines go first.
+
+Places are written before they are read in every layer of a forward pass, so a row may also take over what another one
+computes in the same step, logits included. Log-probabilities that were asked for are kept beside the tokens.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import numpy as np
 _NO_TOKEN = -1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prefix:
-    """The longest beginning of a prompt that some line has."""
+    """The longest beginning of a row that some line has."""
 
     line: int
-    length: int  # tokens whose keys and values are there
-    expected: int  # tokens that will be there when the line's prompt is computed; >= length
+    length: int  # tokens whose keys and values are there, or will be at the end of this step
+    expected: int  # tokens that a running row will have computed at last; >= length where waiting is worth anything
+    remembered: int  # positions at the beginning whose next token's log-probability is known
 
 
 class KVCache:
@@ -31,6 +35,9 @@ class KVCache:
         self.tokens = np.full((num_lines, context_length), _NO_TOKEN, np.int32)
         self.places = np.zeros((num_lines, context_length), np.int64)
         self.lengths = np.zeros(num_lines, np.int64)  # tokens computed
+        self.logprobs = np.zeros((num_lines, context_length), np.float32)  # of the token after each position
+        self._remembered = np.zeros(num_lines, np.int64)  # positions at the beginning of which these are known
+        self._lengths_before = self.lengths.copy()  # the step under way
         self._users = np.zeros(num_places, np.int32)  # lines that hold each place
         self._free = list(range(num_places - 1, -1, -1))
         self._promised = np.zeros(num_lines, np.int64)  # places that running rows may still ask for
@@ -39,49 +46,70 @@ class KVCache:
         self._running = np.zeros(num_lines, bool)
         self.num_evicted_tokens = 0
 
-    def longest_prefix(self, prompt: np.ndarray) -> Prefix:
-        """The last token of `prompt` is left to compute: its logits are wanted."""
-        compared = prompt[:-1]
-        if not len(compared):
-            return Prefix(0, 0, 0)
-        differs = self.tokens[:, : len(compared)] != compared
-        same = np.where(differs.any(1), differs.argmax(1), len(compared))
-        computed = np.minimum(same, self.lengths)
-        line = int(computed.argmax())
-        return Prefix(line, int(computed[line]), int(same[self._running].max(initial=0)))
+    @property
+    def num_places(self) -> int:
+        return len(self._users)
 
-    def open(self, prompt: np.ndarray, prefix: Prefix | None, max_length: int) -> int | None:
+    def begin_step(self) -> None:
+        """From now on, what `extend` adds is computed in one forward pass."""
+        self._lengths_before = self.lengths.copy()
+
+    def longest_prefix(self, ids: np.ndarray, first_wanted: int, *, takes_remembered: bool) -> Prefix:
+        """What a row of `ids` can take over that wants the logits of every position from `first_wanted` on.
+
+        Those it can have from a row that computes them in this step; where log-probabilities are enough
+        (`takes_remembered`), from a line that has them.
+        """
+        differs = self.tokens[:, : len(ids)] != ids
+        same = np.where(differs.any(1), differs.argmax(1), len(ids))
+        computed = np.minimum(same, self.lengths)
+        # The log-probability of the last token that is the same stands at the position before it.
+        known = np.maximum(np.minimum(same - 1, self._remembered), 0) if takes_remembered else np.zeros_like(same)
+        from_memory = np.maximum(first_wanted, known)
+        keeps_up = self._lengths_before <= from_memory  # nothing that is wanted was computed in a step before
+        usable = np.where(keeps_up, computed, np.minimum(computed, from_memory))
+        coming = np.where(keeps_up, same, np.minimum(same, from_memory))
+        line = int(usable.argmax())
+        expected = int(coming[self._running].max(initial=0))
+        return Prefix(line, int(usable[line]), expected, int(min(known[line], usable[line])))
+
+    def open(self, ids: np.ndarray, prefix: Prefix | None, max_length: int) -> int | None:
         """A line for a row that grows to `max_length`, beginning with the places of `prefix`. None: no room now."""
-        shared = prefix.length if prefix else 0
-        needed = max_length - shared
-        keep = prefix.line if prefix and shared else None
-        line = self._make_room(needed, keep)
+        if prefix is not None and not prefix.length:
+            prefix = None
+        needed = max_length - (prefix.length if prefix else 0)
+        line = self._make_room(needed, prefix.line if prefix else None)
         if line is None:
             return None
-        if shared and prefix is not None:
-            places = self.places[prefix.line, :shared].copy()
+        if prefix is None:
+            self._drop(line)
+            self._lengths_before[line] = 0
+        else:
+            shared, known = prefix.length, prefix.remembered
+            places, logprobs = self.places[prefix.line, :shared].copy(), self.logprobs[prefix.line, :known].copy()
+            before = min(self._lengths_before[prefix.line], shared)
             self._users[places] += 1
             self._last_use[prefix.line] = self._tick()
-        self._drop(line)
-        if shared:
-            self.places[line, :shared] = places
-        self.tokens[line, : len(prompt)] = prompt
-        self.lengths[line] = shared
+            self._drop(line)
+            self.places[line, :shared], self.logprobs[line, :known] = places, logprobs
+            self.lengths[line], self._remembered[line], self._lengths_before[line] = shared, known, before
+        self.tokens[line, : len(ids)] = ids
         self._promised[line] = needed
         self._running[line] = True
         return line
 
-    def extend(self, line: int, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Places for the next tokens of a line; they count as computed."""
+    def extend(self, line: int, tokens: Sequence[int] | np.ndarray) -> None:
+        """Find places for the next tokens of a line; they count as computed."""
         count, length = len(tokens), int(self.lengths[line])
-        places = np.array(self._free[len(self._free) - count :], np.int64)
-        del self._free[len(self._free) - count :]
+        if not count:
+            return
+        places = self._free[-count:]
+        del self._free[-count:]
         self._users[places] = 1
         self.tokens[line, length : length + count] = tokens
         self.places[line, length : length + count] = places
         self.lengths[line] = length + count
         self._promised[line] -= count
-        return places
 
     def shrink(self, line: int, length: int) -> None:
         """Give back what a running row computed on trial, beyond its first `length` tokens."""
@@ -93,6 +121,15 @@ class KVCache:
         self._promised[line] += len(dropped)
         self.tokens[line, length : self.lengths[line]] = _NO_TOKEN
         self.lengths[line] = length
+
+    def remember(self, line: int, first: int, logprobs: Sequence[float]) -> None:
+        """Keep the log-probabilities of the tokens after positions first, first + 1, ... of a line.
+
+        Only a beginning without gaps is of use to others.
+        """
+        if first <= self._remembered[line]:
+            self.logprobs[line, first : first + len(logprobs)] = logprobs
+            self._remembered[line] = max(self._remembered[line], first + len(logprobs))
 
     def close(self, line: int) -> None:
         """The row has ended; what is computed stays for others until it is evicted."""
@@ -116,7 +153,7 @@ class KVCache:
         if not len(idle):
             return None
         # Lines without content first, then the least recently used.
-        order = sorted(idle.tolist(), key=lambda line: (line == keep, self.lengths[line] > 0, self._last_use[line]))
+        order = idle[np.lexsort((self._last_use[idle], self.lengths[idle] > 0, idle == keep))].tolist()
         if order[0] == keep:
             return keep if self._has_room(needed) else None
         for line in order[:-1] if order[-1] == keep else order:
@@ -137,4 +174,4 @@ class KVCache:
         self._users[places] -= 1
         self._free.extend(places[self._users[places] == 0].tolist())
         self.tokens[line] = _NO_TOKEN
-        self.lengths[line] = 0
+        self.lengths[line] = self._remembered[line] = 0

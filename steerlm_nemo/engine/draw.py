@@ -15,12 +15,6 @@ from steerlm_nemo.engine.protocol import Sample
 _MIN_TEMPERATURE = 1e-6
 
 
-def greedy_tokens(logits_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """The likeliest token of each row, and whether its logits are numbers at all."""
-    best = logits_NV.max(-1)
-    return best.indices.tolist(), best.values.isfinite().tolist()
-
-
 def drawn_tokens(
     logits_NV: torch.Tensor, samples: Sequence[Sample], used: Sequence[Sequence[int]], chances: Sequence[float]
 ) -> tuple[list[int], list[bool]]:

@@ -1,4 +1,4 @@
-"""The Megatron engine: continues the rows of many requests together, on all ranks of a tensor-parallel group.
+"""The Megatron engine: works on the rows of many requests together, on all ranks of a tensor-parallel group.
 
 Rank 0 plans each forward pass and sends the plan as integers (no pickle). Every rank runs it; rank 0 draws the tokens,
 which the others learn with the next plan. So whatever fails outside the model fails on rank 0 only, and ranks cannot
@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 from steerlm_nemo.engine.cache import KVCache
-from steerlm_nemo.engine.protocol import EngineCounters, Event, ModelInfo, Sample
-from steerlm_nemo.engine.scheduler import Scheduler, StepPlan
+from steerlm_nemo.engine.plan import StepPlan
+from steerlm_nemo.engine.protocol import EngineCounters, Event, ModelInfo, Sample, ScoreRequest
+from steerlm_nemo.engine.scheduler import Scheduler
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.models.loading import LoadedModel
 from steerlm_nemo.ranks import EXIT_RANK_FAILED
@@ -45,7 +46,7 @@ class EngineSettings:
 
 
 class MegatronEngine:
-    """`serving.sampling.Engine` on a loaded model. Create it on every rank; rank 0 steps it, the others `follow`.
+    """`engine.protocol.Engine` on a loaded model. Create it on every rank; rank 0 steps it, the others `follow`.
 
     Raises:
         ConfigError: the cache is too small for one row of the model's context.
@@ -96,8 +97,8 @@ class MegatronEngine:
     def counters(self) -> EngineCounters:
         return self._scheduler.counters
 
-    def add(self, sample: Sample) -> int:
-        return self._scheduler.add(sample)
+    def add(self, work: Sample | ScoreRequest) -> int:
+        return self._scheduler.add(work)
 
     def cancel(self, row: int) -> None:
         self._scheduler.cancel(row)

@@ -1,11 +1,13 @@
-"""What the HTTP API asks of an engine and what it gets back; neither side imports the other."""
+"""What an engine can be asked, and what it answers: to continue prompts, and to score spans after them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from steerlm_nemo.errors import InputError
 from steerlm_nemo.model_kind import SteerLMFormat
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
@@ -29,13 +31,33 @@ class Sample:
     stop_texts: tuple[str, ...] = ()  # stop strings of several tokens: compare with the tail of the decoded row
     stop_anywhere: tuple[str, ...] = ()  # end the row in the middle of a token, too; of generated text only
     random_seed: int | None = None  # below 2**63
-    compute_logprob: bool = False  # of every token, the prompt's too; nothing of the prompt is then reused
-    all_probs: bool = False  # likewise
+    compute_logprob: bool = False  # of every token, the prompt's too
+    all_probs: bool = False  # likewise, of the whole vocabulary; nothing of the prompt is then taken from the cache
     token_logprobs: bool = False  # of generated tokens only
     top_logprobs: int = 0  # 0 to MAX_TOP_LOGPROBS likeliest tokens at every generated place
     # Steps to go through, each a choice among token sequences none of which begins another; () is free generation.
     # A step with one sequence is forced. The likeliest next token decides, step by step; the last step ends the row.
     constraint: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Spans that may follow a prompt, such as responses, each to be scored as if it alone stood there."""
+
+    prompt_ids: tuple[int, ...]  # at least one
+    spans: tuple[tuple[int, ...], ...]  # at least one, none of them empty; each fits the context after the prompt
+
+
+@dataclass(frozen=True)
+class Scores:
+    """log P(span | prompt) of a `ScoreRequest`: natural, untempered, over the real vocabulary."""
+
+    token_logprobs: tuple[tuple[float, ...], ...]  # one tuple per span; each token given those before it
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Of whole spans: the sums."""
+        return tuple(math.fsum(span) for span in self.token_logprobs)
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,12 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Scored:
+    row: int
+    scores: Scores
+
+
+@dataclass(frozen=True)
 class Failed:
     """This row is gone; the engine and the other rows are fine."""
 
@@ -108,7 +136,7 @@ class Failed:
     error: Exception
 
 
-Event = TokenMade | Finished | Failed
+Event = TokenMade | Finished | Scored | Failed
 
 
 @dataclass
@@ -116,14 +144,16 @@ class EngineCounters:
     """Totals since the start, for /metrics."""
 
     steps: int = 0  # forward passes
-    prefilled_tokens: int = 0  # prompt tokens computed
-    reused_tokens: int = 0  # prompt tokens whose keys and values were in the cache
+    prefilled_tokens: int = 0  # prompt and span tokens computed
+    reused_tokens: int = (
+        0  # prompt and span tokens whose keys and values were in the cache, or computed for another row
+    )
     generated_tokens: int = 0  # forced ones included
     evicted_tokens: int = 0  # cached tokens given up for others
 
 
 class Engine(Protocol):
-    """A model that continues prompts, one step at a time. All calls come from one thread."""
+    """A model that continues prompts and scores spans, one step at a time. All calls come from one thread."""
 
     @property
     def info(self) -> ModelInfo: ...
@@ -131,7 +161,7 @@ class Engine(Protocol):
     @property
     def counters(self) -> EngineCounters: ...
 
-    def add(self, sample: Sample) -> int:
+    def add(self, work: Sample | ScoreRequest) -> int:
         """Take a row in; its number is in all its events. It starts as soon as there is room."""
         ...
 
@@ -140,7 +170,8 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Sequence[Event]:
-        """Advance the rows. Each row's tokens come in order, then one Finished or Failed.
+        """Advance the rows. A sample's tokens come in order, then one Finished; a score request's end is one Scored;
+        or there is one Failed.
 
         An exception means that the engine is dead.
         """
@@ -153,14 +184,42 @@ def complete(engine: Engine, samples: Sequence[Sample]) -> list[Completion]:
     Raises:
         Exception: the first row that failed, as the engine told it; the other rows are cancelled.
     """
-    rows = [engine.add(sample) for sample in samples]
-    done: dict[int, Completion] = {}
+    return [event.completion for event in _last_events(engine, samples) if isinstance(event, Finished)]
+
+
+def score(engine: Engine, requests: Sequence[ScoreRequest]) -> list[Scores]:
+    """The scores of each request, in order, on an engine that nobody else uses meanwhile.
+
+    Raises:
+        InputError: a prompt or a span is empty, or both together are longer than the model's context.
+        Exception: as `complete`.
+    """
+    for place, request in enumerate(requests):
+        _check(request, engine.info, f"request {place}")
+    return [event.scores for event in _last_events(engine, requests) if isinstance(event, Scored)]
+
+
+def _last_events(engine: Engine, work: Sequence[Sample | ScoreRequest]) -> list[Finished | Scored]:
+    rows = [engine.add(item) for item in work]
+    done: dict[int, Finished | Scored] = {}
     while len(done) < len(rows):
         for event in engine.step():
-            if isinstance(event, Finished):
-                done[event.row] = event.completion
-            elif isinstance(event, Failed):
+            if isinstance(event, Failed):
                 for row in rows:
                     engine.cancel(row)
                 raise event.error
+            if not isinstance(event, TokenMade):
+                done[event.row] = event
     return [done[row] for row in rows]
+
+
+def _check(request: ScoreRequest, info: ModelInfo, name: str) -> None:
+    """Raises InputError."""
+    if not request.prompt_ids or not request.spans or not all(request.spans):
+        raise InputError(f"{name}: a prompt and every span need a token at least, and there must be a span")
+    longest = len(request.prompt_ids) + max(map(len, request.spans))
+    if longest > info.context_length:
+        raise InputError(
+            f"{name}: prompt and span have {longest} tokens, but the model's context is {info.context_length}; "
+            "shorten the prompt or leave the span out"
+        )

@@ -8,8 +8,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
-from steerlm_nemo.engine.protocol import Completion, Engine, Failed, Finished, Sample, TokenMade
+from steerlm_nemo.engine.protocol import (
+    Completion,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    Sample,
+    ScoreRequest,
+    Scores,
+    TokenMade,
+)
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
@@ -26,15 +37,15 @@ class EngineDiedError(RuntimeError):
 
 @dataclass(eq=False)
 class _Job:
-    samples: tuple[Sample, ...]
-    on_token: OnToken | None
-    result: Future[list[Completion]] = field(default_factory=Future)
-    rows: list[int] = field(default_factory=list)  # of the engine; one per sample once it has joined
-    completions: dict[int, Completion] = field(default_factory=dict)  # by engine row
+    work: Sequence[Sample | ScoreRequest]
+    on_token: OnToken | None = None
+    result: Future[list[Any]] = field(default_factory=Future)  # a Completion or Scores for each
+    rows: list[int] = field(default_factory=list)  # of the engine; one per piece of work once it has joined
+    done: dict[int, Completion | Scores] = field(default_factory=dict)  # by engine row
 
     @property
     def has_joined(self) -> bool:
-        return len(self.rows) == len(self.samples)
+        return len(self.rows) == len(self.work)
 
 
 class EngineWorker:
@@ -81,7 +92,13 @@ class EngineWorker:
             QueueFullError: as many requests as allowed are waiting already.
             EngineDiedError: see `failed`.
         """
-        job = _Job(tuple(samples), on_token)
+        return self._enqueue(_Job(tuple(samples), on_token))
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Future[list[Scores]]:
+        """The future scores, in the order of the requests; as `submit`."""
+        return self._enqueue(_Job(tuple(requests)))
+
+    def _enqueue(self, job: _Job) -> Future[list[Any]]:
         with self._changed:
             if self.failed is not None:
                 raise EngineDiedError(f"the engine died: {self.failed}")
@@ -127,14 +144,14 @@ class EngineWorker:
         while self._waiting and len(self._running) < self._max_batch_rows:
             job = self._waiting[0]
             place = len(job.rows)
-            row = self._engine.add(job.samples[place])
+            row = self._engine.add(job.work[place])
             job.rows.append(row)
             self._running[row] = (job, place)
             if job.has_joined:
                 with self._changed:
                     self._waiting.popleft()
 
-    def _take(self, event: TokenMade | Finished | Failed) -> None:
+    def _take(self, event: Event) -> None:
         job, place = self._running[event.row]
         if isinstance(event, TokenMade):
             if job.on_token is not None and not job.result.done():
@@ -145,9 +162,9 @@ class EngineWorker:
             logger.error("a row failed: %s", event.error)
             _fail(job, event.error)
             return
-        job.completions[event.row] = event.completion
-        if len(job.completions) == len(job.samples):
-            _settle(job.result.set_result, [job.completions[row] for row in job.rows])
+        job.done[event.row] = event.completion if isinstance(event, Finished) else event.scores
+        if len(job.done) == len(job.work):
+            _settle(job.result.set_result, [job.done[row] for row in job.rows])
 
 
 def _fail(job: _Job, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""The Megatron engine against NeMo's own `generate`, on the genuine tiny Llama, with one and two ranks."""
+"""The Megatron engine against NeMo's own `generate` and Hugging Face, on the genuine tiny Llama, one and two ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_worker import score_requests
+from hf_engine import HFEngine
 
+from steerlm_nemo.engine.protocol import ScoreRequest, score
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 pytest.importorskip("nemo", reason="needs the training stack: nemo_toolkit, megatron-core, nemo-aligner")
@@ -45,12 +48,15 @@ def tiny_nemo(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def results(tiny_nemo: Path, folder: Path, shared_data: Path, tp_size: int) -> dict[str, Any]:
+def all_prompts(shared_data: Path) -> list[list[int]]:
     tokenizer = SentencePieceTokenizer(shared_data / "tiny-llama-checkpoint" / "tokenizer.model")
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in TEXTS]
     chance = random.Random(0)
-    prompts += [[chance.randrange(3, 512) for _ in range(chance.randint(1, 60))] for _ in range(6)]
-    (folder / "prompts.json").write_text(json.dumps([prompts, NUM_TOKENS]))
+    return prompts + [[chance.randrange(3, 512) for _ in range(chance.randint(1, 60))] for _ in range(6)]
+
+
+def results(tiny_nemo: Path, folder: Path, shared_data: Path, tp_size: int) -> dict[str, Any]:
+    (folder / "prompts.json").write_text(json.dumps([all_prompts(shared_data), NUM_TOKENS]))
     arguments = [WORKER, tiny_nemo, folder / "prompts.json", folder / "results.json"]
     run = subprocess.run([*ranks(tp_size), *arguments], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -95,6 +101,55 @@ def test_greedy_output_is_nemos_token_by_token_in_any_company(
     for best, tokens in zip(ours["top_logprobs"], expected, strict=True):
         assert [row[0][0] for row in best] == tokens[-NUM_TOKENS:]  # the likeliest is what greedy takes
         assert all(len(row) == 3 and row[0][1] >= row[1][1] >= row[2][1] for row in best)
+
+
+@pytest.fixture(scope="module")
+def hugging_face_scores(shared_data: Path) -> list[list[tuple[float, ...]]]:
+    """Of the same requests, each span by a forward pass of its own."""
+    engine = HFEngine.load(shared_data / "tiny-llama-checkpoint")
+    requests = score_requests(all_prompts(shared_data), engine.info.tokenizer)
+    return [list(scores.token_logprobs) for scores in score(engine, requests)]
+
+
+@pytest.mark.slow
+@EVERY_ENGINE
+@pytest.mark.parametrize("company", ["together", "alone", "span by span", "mixed"])
+def test_spans_have_hugging_faces_log_probabilities_in_any_company(
+    by_tp_size: dict[int, Any], hugging_face_scores: list[Any], tp_size: int, engine: str, company: str
+) -> None:
+    ours = by_tp_size[tp_size][engine]["scores"][company]
+    for mine, theirs in zip(ours, hugging_face_scores, strict=True):
+        for span, expected in zip(mine, theirs, strict=True):
+            # For tokens of a probability under e^-10, a millionth: the logits then have fewer digits behind the point.
+            assert span == pytest.approx(expected, abs=1e-5, rel=1e-6)
+    others = by_tp_size[3 - tp_size]["reused"]["scores"]["alone"]
+    assert [span for spans in ours for span in spans] == [
+        pytest.approx(span, abs=1e-5, rel=1e-6) for spans in others for span in spans
+    ]
+
+
+@pytest.mark.slow
+@EVERY_ENGINE
+def test_scoring_beside_it_leaves_greedy_generation_as_it_is(
+    by_tp_size: dict[int, Any], tp_size: int, engine: str
+) -> None:
+    expected = [answer["token_ids"] for answer in by_tp_size[tp_size]["theirs"]]
+    assert by_tp_size[tp_size][engine]["scores"]["greedy beside"] == expected
+
+
+@pytest.mark.slow
+def test_the_bound_tells_a_span_from_the_same_span_after_another_prompt(
+    by_tp_size: dict[int, Any], shared_data: Path
+) -> None:
+    """The control: what a mix-up of prompts, or a prompt one token too short, would give is far outside the bound."""
+    engine = HFEngine.load(shared_data / "tiny-llama-checkpoint")
+    requests = score_requests(all_prompts(shared_data), engine.info.tokenizer)
+    ours = by_tp_size[1]["reused"]["scores"]["together"]
+    for mine, request in zip(ours, requests, strict=True):
+        if len(request.prompt_ids) > 1:
+            (wrong,) = score(engine, [ScoreRequest(request.prompt_ids[1:], request.spans)])
+            differences = [abs(a - b) for a, b in zip(mine[0], wrong.token_logprobs[0], strict=True)]
+            assert max(differences) > 1e-3
 
 
 @pytest.mark.slow

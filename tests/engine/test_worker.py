@@ -6,8 +6,9 @@ import time
 import live
 import pytest
 
-from steerlm_nemo.engine.protocol import Sample
+from steerlm_nemo.engine.protocol import Sample, ScoreRequest, score
 from steerlm_nemo.engine.worker import EngineDiedError, EngineWorker
+from steerlm_nemo.errors import InputError
 
 
 @pytest.fixture
@@ -33,6 +34,30 @@ def test_tokens_are_told_as_they_are_made_and_completions_come_in_the_order_of_t
     done = worker.submit(samples, lambda row, token: told[row].append(token.token_id)).result(60)
     assert [completion.token_ids[0] for completion in done] == [300, 301, 302, 303]
     assert [list(completion.token_ids[1:]) for completion in done] == list(told.values())
+
+
+def test_scores_come_in_the_order_of_the_requests_beside_rows_that_generate(worker, engine):
+    requests = [ScoreRequest((300 + n, 5), ((7, 8), (9,), tuple(range(3, 40)))) for n in range(5)]
+    tokens = worker.submit([sample(300, 12)])
+    scores = worker.score(requests).result(60)
+    assert len(tokens.result(60)[0].token_ids) == 13
+    assert [[len(span) for span in found.token_logprobs] for found in scores] == [[2, 1, 37]] * 5
+    assert scores == score(engine, requests)  # now nobody else uses it
+    assert len(set(scores)) == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "spans", "reason"),
+    [
+        ((), ((3,),), "a token at least"),
+        ((3,), (), "there must be a span"),
+        ((3,), ((4,), ()), "a token at least"),
+        ((3,), ((4,), (5,) * 256), "request 1: prompt and span have 257 tokens, but the model's context is 256"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_engine_hears_of_it(engine, prompt, spans, reason):
+    with pytest.raises(InputError, match=reason):
+        score(engine, [ScoreRequest((3,), ((4,),)), ScoreRequest(prompt, spans)])
 
 
 def test_cancelling_frees_running_rows_before_the_next_step(worker, engine):

@@ -12,7 +12,17 @@ import sys
 from pathlib import Path
 
 from steerlm_nemo.engine.megatron import EngineSettings, MegatronEngine
-from steerlm_nemo.engine.protocol import Completion, Failed, Finished, Sample, complete
+from steerlm_nemo.engine.protocol import (
+    Completion,
+    Failed,
+    Finished,
+    Sample,
+    Scored,
+    ScoreRequest,
+    ServedTokenizer,
+    complete,
+    score,
+)
 from steerlm_nemo.models.loading import load_for_inference
 
 NUM_LABELS = 1000
@@ -70,6 +80,7 @@ def _ours(engine: MegatronEngine, prompts: list[list[int]], tokens_to_generate: 
         "drawn among others": _ids(complete(engine, [*greedy, penalised, *reversed(drawn)])[len(greedy) + 1 :])[::-1],
         "penalised": complete(engine, [penalised])[0].token_ids,
         "joining": _joining(engine, greedy, seed=1),
+        "scores": _scores(engine, greedy),
         "labels": [_labels(engine, prompts, seed) for seed in range(3)],
         "counters": vars(engine.counters).copy(),
     }
@@ -99,6 +110,55 @@ def _joining(engine: MegatronEngine, samples: list[Sample], seed: int) -> list[t
     for row in doomed:
         engine.cancel(row)
     return [done[place] for place in range(len(samples))]
+
+
+def score_requests(prompts: list[list[int]], tokenizer: ServedTokenizer) -> list[ScoreRequest]:
+    """Several spans after each prompt: what a story may say, and any tokens at all, of one token and of more than a
+    step takes, equal ones, some beginning alike."""
+    chance = random.Random(4)
+    said = [" there was a little girl.", " She liked to play with her red ball in the park. One day, she saw a dog."]
+    requests = []
+    for prompt in prompts:
+        spans = [tuple(tokenizer.encode_continuation(text)) for text in said]
+        spans += [
+            tuple(chance.randrange(3, tokenizer.vocab_size) for _ in range(length)) for length in (1, 2, 60, 9, 1, 5)
+        ]
+        requests.append(ScoreRequest(tuple(prompt), (*spans, spans[1], (*spans[1][:12], 5), (*spans[4][:30], 5))))
+    return requests
+
+
+def _scores(engine: MegatronEngine, greedy: list[Sample]) -> dict[str, object]:
+    """Token log-probabilities of the same requests in different company, and what greedy rows among them become."""
+    requests = score_requests([list(sample.prompt_ids) for sample in greedy], engine.info.tokenizer)
+    chance = random.Random(6)
+    order = chance.sample(range(len(requests)), len(requests))
+    mixed: dict[int, object] = {}
+    # Beside rows that generate, others that are cancelled on the way, and the same spans asked for once more.
+    places = {engine.add(requests[place]): ("scores", place) for place in order}
+    doomed = [engine.add(request) for request in requests[:4]]
+    places |= {engine.add(sample): ("ids", place) for place, sample in enumerate(greedy)}
+    beside: dict[int, object] = {}
+    while len(mixed) + len(beside) < len(requests) + len(greedy):
+        for event in engine.step():
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Scored) and event.row in places:
+                mixed[places[event.row][1]] = event.scores.token_logprobs
+            elif isinstance(event, Finished):
+                beside[places[event.row][1]] = event.completion.token_ids
+        if doomed and chance.random() < 0.5:
+            engine.cancel(doomed.pop())
+    for row in doomed:
+        engine.cancel(row)
+    return {
+        "together": [found.token_logprobs for found in score(engine, requests)],
+        "alone": [score(engine, [request])[0].token_logprobs for request in requests],
+        "span by span": [
+            [score(engine, [ScoreRequest(request.prompt_ids, (span,))])[0].token_logprobs[0] for span in request.spans]
+            for request in requests
+        ],
+        "mixed": [mixed[place] for place in range(len(requests))],
+        "greedy beside": [beside[place] for place in range(len(greedy))],
+    }
 
 
 def _labels(engine: MegatronEngine, prompts: list[list[int]], seed: int) -> list[list[object]]:

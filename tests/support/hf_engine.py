@@ -17,6 +17,9 @@ from steerlm_nemo.engine.protocol import (
     Finished,
     ModelInfo,
     Sample,
+    Scored,
+    ScoreRequest,
+    Scores,
     TokenMade,
 )
 from steerlm_nemo.model_kind import SteerLMFormat
@@ -24,7 +27,8 @@ from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 
 class HFEngine:
-    """Greedy and sampled generation with a key-value cache; rows never see one another."""
+    """Greedy and sampled generation with a key-value cache, and spans scored by a forward pass each; rows never see one
+    another."""
 
     def __init__(
         self, model: LlamaForCausalLM, tokenizer: SentencePieceTokenizer, served: SteerLMFormat | None, name: str
@@ -33,7 +37,7 @@ class HFEngine:
         self.calls: list[int] = []  # rows that began together
         self.counters = EngineCounters()
         self._num_rows = 0
-        self._rows: dict[int, Generator[TokenMade, None, Completion]] = {}
+        self._rows: dict[int, Generator[TokenMade, None, Completion] | ScoreRequest] = {}
         self._num_new = 0
         self.info = ModelInfo(
             name=name,
@@ -49,17 +53,17 @@ class HFEngine:
         model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
         return cls(model, SentencePieceTokenizer(folder / "tokenizer.model"), served, folder.name)
 
-    def add(self, sample: Sample) -> int:
+    def add(self, work: Sample | ScoreRequest) -> int:
         self._num_rows += 1
         self._num_new += 1
-        self._rows[self._num_rows] = self._continue(self._num_rows, sample)
+        self._rows[self._num_rows] = work if isinstance(work, ScoreRequest) else self._continue(self._num_rows, work)
         return self._num_rows
 
     def cancel(self, row: int) -> None:
         self._rows.pop(row, None)
 
     def step(self) -> list[Event]:
-        """One token for every row."""
+        """One token for every row, or all of a row's scores."""
         if self._num_new:
             self.calls.append(self._num_new)
             self._num_new = 0
@@ -67,8 +71,10 @@ class HFEngine:
         for row, tokens in list(self._rows.items()):
             try:
                 with torch.no_grad():
-                    events.append(next(tokens))
-                continue
+                    if not isinstance(tokens, ScoreRequest):
+                        events.append(next(tokens))
+                        continue
+                    events.append(Scored(row, self._scores(tokens)))
             except StopIteration as end:
                 events.append(Finished(row, end.value))
             except Exception as err:
@@ -128,6 +134,14 @@ class HFEngine:
             _top(rows[num_prompt - 1 :], sample.top_logprobs) if sample.top_logprobs else None,
             self._choices(sample, ids),
         )
+
+    def _scores(self, request: ScoreRequest) -> Scores:
+        found = []
+        for span in request.spans:
+            ids = torch.tensor([request.prompt_ids + span])
+            logits = self.model(ids).logits[0, -len(span) - 1 : -1, : self.info.vocab_size]
+            found.append(tuple(logits.log_softmax(-1).gather(1, ids[0, -len(span) :, None])[:, 0].tolist()))
+        return Scores(tuple(found))
 
     def _choices(self, sample: Sample, ids: list[int]) -> tuple[Choice, ...]:
         """Every option read by a forward pass of its own, up to where it differs from all others."""
