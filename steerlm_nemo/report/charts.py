@@ -1,10 +1,12 @@
-"""Small drawings as text (charts in SVG, a coloured table in HTML) and the page they stand on, without network."""
+"""Small charts as SVG: nothing to import, and nothing that a page would have to fetch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+
+from markupsafe import Markup
 
 COLOURS = ("#1f5fa8", "#c2501c", "#3b7d3b", "#7a4aa3")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 36  # margins in pixels
@@ -26,7 +28,7 @@ def line_chart(
     limits: tuple[float, float] | None = None,
     width: int = 320,
     height: int = 240,
-) -> str:
+) -> Markup:
     """An SVG. With `limits` both axes run over them, in whole steps, with a dashed diagonal; else over the data."""
     xs = [x for line in lines for x, _, _ in line.points] or [0.0]
     ys = [y for line in lines for _, y, _ in line.points] or [0.0]
@@ -69,8 +71,9 @@ def line_chart(
     return _svg(width, height, marks)
 
 
-def _svg(width: int, height: int, drawn: Iterable[str]) -> str:
-    return (
+def _svg(width: int, height: int, drawn: Iterable[str]) -> Markup:
+    """Markup, so that a page takes it as it is: all texts in it are escaped."""
+    return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="11" '
         f'font-family="sans-serif" role="img">{"".join(drawn)}</svg>'
     )
@@ -84,7 +87,7 @@ def bar_chart(
     *,
     width: int = 320,
     height: int = 200,
-) -> str:
+) -> Markup:
     """An SVG: for each label a group of bars, one per name in `bars`, side by side. Heights are shares from 0 to 1."""
     highest = max((share for shares in bars.values() for share in shares), default=0.0) or 1.0
     room = (width - _LEFT - _RIGHT) / max(len(labels), 1)
@@ -113,51 +116,3 @@ def bar_chart(
         f'<text transform="translate(9 {height / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     return _svg(width, height, drawn)
-
-
-def legend(names: Sequence[str]) -> str:
-    """An HTML line that says which colour is whose."""
-    return "<p>" + " ".join(
-        f'<span style="white-space:nowrap;margin-right:1.5em"><span style="display:inline-block;width:.8em;height:.8em;'
-        f'background:{COLOURS[i % len(COLOURS)]}"></span> {escape(name)}</span>'
-        for i, name in enumerate(names)
-    )
-
-
-def heat_table(
-    rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[float | None]], strongest: float
-) -> str:
-    """An HTML table, each cell as dark as its size against `strongest`; negative cells in another colour."""
-    # Where a name may break: in a column of two digits it would make the table twice as wide.
-    head = "".join(f"<th>{escape(column).replace('_', '_<wbr>')}" for column in columns)
-    body = "".join(
-        f"<tr><th>{escape(row)}" + "".join(_cell(value, strongest) for value in values)
-        for row, values in zip(rows, cells, strict=True)
-    )
-    return f"<div class=wide><table class=heat><tr><th>{head}{body}</table></div>"
-
-
-def _cell(value: float | None, strongest: float) -> str:
-    if value is None:
-        return "<td>n/a"
-    share = min(abs(value) / (strongest or 1), 1.0)
-    colour = "31,95,168" if value >= 0 else "194,80,28"
-    text = str(value) if isinstance(value, int) else f"{value:.2f}"
-    ink = "#fff" if share > 0.6 else "inherit"
-    return f'<td style="background:rgba({colour},{share:.2f});color:{ink}">{text}'
-
-
-def page(title: str, parts: Iterable[str]) -> str:
-    """A whole HTML page; `parts` are HTML already."""
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>{_CSS}"
-    return f"{head}<body>{''.join(parts)}</body></html>\n"
-
-
-_CSS = """<style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1c2330;background:#fff}
-.toy{background:#fff3cd;border-left:4px solid #d39e00;padding:.6em 1em}
-table{border-collapse:collapse;margin:.5em 0}td,th{border:1px solid #cfd6e0;padding:.25em .6em;text-align:left;
-vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}td.small{font-size:85%;color:#5a6577}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:1em}figure{margin:0}figcaption{font-size:90%}
-table.heat td{text-align:center;min-width:2.6em}.wide{overflow-x:auto}
-</style>"""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from steerlm_nemo.data.inspection import Inspection, Leakage, leakage, percentile
-from steerlm_nemo.report.charts import bar_chart, heat_table, legend, page
+from steerlm_nemo.report.charts import COLOURS, bar_chart
+from steerlm_nemo.report.pages import render
 
 MOST_LANGUAGES = 12
 MOST_REJECTS = 20
@@ -181,7 +184,7 @@ def _speakers(files: Sequence[Inspection]) -> Rows:
 
 
 def _attributes(files: Sequence[Inspection]) -> Rows:
-    rows: Rows = [("attribute of responses", "file", "graded", "mean", "grades")]
+    rows: Rows = [("attribute of responses", "file", "graded", "mean", "values")]
     for name in _attribute_names(files):
         for file in files:
             if grades := file.grades.counts().get(name):
@@ -272,7 +275,7 @@ def _tables(files: Sequence[Inspection], seq_lens: Sequence[int]) -> list[tuple[
         ("Length", _lengths(files)),
         ("What training would lose", _truncation(files, seq_lens)),
         ("Speakers", _speakers(files)),
-        ("Grades", _attributes(files)),
+        ("Attributes", _attributes(files)),
         ("Languages of turns", _languages(files)),
         ("Shared between files", _shared(files)),
     ]
@@ -299,42 +302,33 @@ def _aligned(rows: Rows) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Chart:
+    svg: Markup
+    name: str = ""
+    note: str = ""
+
+
 def html_report(files: Sequence[Inspection], seq_lens: Sequence[int]) -> str:
     """The same tables with charts."""
-    charts = {
-        "Length": _length_charts(files),
-        "Grades": _grade_charts(files) + _heat_maps(files),
-        "Languages of turns": _language_chart(files),
-    }
-    names = ", ".join(_short(file.name, files) for file in files)
-    parts = [f"<h1>Data: {escape(names)}</h1>"]
-    parts.append(
-        "<p>What is counted is what training would see: a message that several threads of a tree share counts in each. "
-        "Responses are the turns of speakers that are not masked. Conversations count as the same if they differ in "
-        "case and blanks only.</p>"
+    names = [_short(file.name, files) for file in files]
+    return render(
+        "inspection",
+        helpers={"figure": _is_figure},
+        title=f"Data: {', '.join(names)}",
+        files=names,
+        colours=COLOURS,
+        tables=_tables(files, seq_lens),
+        charts={
+            "Length": _length_charts(files),
+            "Attributes": _attribute_charts(files),
+            "Languages of turns": _language_charts(files),
+        },
+        correlations=_correlations(files),
     )
-    if len(files) > 1:
-        parts.append(legend([_short(file.name, files) for file in files]))
-    for title, rows in _tables(files, seq_lens):
-        parts.append(f"<h2>{escape(title)}</h2>{charts.get(title, '')}{_html_table(rows)}")
-    return page(f"Data: {names}", parts)
 
 
-def _html_table(rows: Rows) -> str:
-    head, *body = rows
-    cells = "".join(f"<th>{escape(cell)}" for cell in head)
-    lines = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=n' if column and _is_figure(cell) else ''}>{escape(cell).replace('  ', '&emsp;')}"
-            for column, cell in enumerate(row)
-        )
-        for row in body
-    )
-    return f"<table><tr>{cells}{lines}</table>"
-
-
-def _length_charts(files: Sequence[Inspection]) -> str:
+def _length_charts(files: Sequence[Inspection]) -> list[_Chart]:
     drawn = []
     for what, counters in (("tokens", [file.tokens for file in files]), ("turns", [file.turns for file in files])):
         if not any(counters):
@@ -348,8 +342,9 @@ def _length_charts(files: Sequence[Inspection]) -> str:
             ]
             for file, counter in zip(files, counters, strict=True)
         }
-        drawn.append(bar_chart(bars, labels, f"{what} per conversation", "conversations", width=520, height=220))
-    return f"<div class=charts>{''.join(drawn)}</div>"
+        svg = bar_chart(bars, labels, f"{what} per conversation", "conversations", width=520, height=220)
+        drawn.append(_Chart(svg))
+    return drawn
 
 
 def _bounds(largest: int, doubling: bool) -> list[tuple[int, int]]:
@@ -360,41 +355,42 @@ def _bounds(largest: int, doubling: bool) -> list[tuple[int, int]]:
     return bounds
 
 
-def _grade_charts(files: Sequence[Inspection]) -> str:
-    figures = []
+def _attribute_charts(files: Sequence[Inspection]) -> list[_Chart]:
+    # One scale for all, so that the charts can be compared.
+    seen = {value for file in files for counter in file.grades.counts().values() for value in counter}
+    scale = range(min(seen, default=0), max(seen, default=0) + 1)
+    drawn = []
     for name in _attribute_names(files):
         counters: Mapping[str, Counter[int]] = {
             _short(file.name, files): file.grades.counts().get(name, Counter()) for file in files
         }
-        seen = sorted({grade for counter in counters.values() for grade in counter})
-        grades = range(min(0, *seen), max(4, *seen) + 1)
         bars = {
-            short: [counter[grade] / (counter.total() or 1) for grade in grades] for short, counter in counters.items()
+            short: [counter[value] / (counter.total() or 1) for value in scale] for short, counter in counters.items()
         }
         means = ", ".join(f"{_mean(counter):.2f}" for counter in counters.values() if counter)
-        chart = bar_chart(bars, [str(grade) for grade in grades], "grade", "", width=250, height=150)
-        figures.append(f"<figure><figcaption><b>{escape(name)}</b> mean {means}</figcaption>{chart}</figure>")
-    return f"<div class=charts>{''.join(figures)}</div>"
+        svg = bar_chart(bars, [str(value) for value in scale], "value", "", width=250, height=150)
+        drawn.append(_Chart(svg, name, f"mean {means}"))
+    return drawn
 
 
-def _heat_maps(files: Sequence[Inspection]) -> str:
-    drawn = []
+def _correlations(files: Sequence[Inspection]) -> list[tuple[str, list[str], list[list[float | None]]]]:
+    """File, names of its attributes and their correlations, where there are several."""
+    tables = []
     for file in files:
         names = list(file.grades.counts())
         if len(names) > 1:
             cells = [[file.grades.correlation(one, other) for other in names] for one in names]
-            table = heat_table(names, names, cells, 1.0)
-            drawn.append(f"<h3>Correlation, {escape(_short(file.name, files))}</h3>{table}")
-    return "".join(drawn)
+            tables.append((_short(file.name, files), names, cells))
+    return tables
 
 
-def _language_chart(files: Sequence[Inspection]) -> str:
+def _language_charts(files: Sequence[Inspection]) -> list[_Chart]:
     total = sum((file.languages for file in files), Counter[str]())
     if len(total) < 2:
-        return ""
+        return []
     shown = [language for language, _ in total.most_common(MOST_LANGUAGES)]
     bars = {
         _short(file.name, files): [file.languages[one] / (file.languages.total() or 1) for one in shown]
         for file in files
     }
-    return bar_chart(bars, shown, "language", "turns", width=1040, height=200)
+    return [_Chart(bar_chart(bars, shown, "language", "turns", width=1040, height=200))]

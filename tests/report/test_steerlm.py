@@ -17,7 +17,7 @@ from steerlm_nemo.evaluation.grading import Grading
 from steerlm_nemo.evaluation.losses import read_losses
 from steerlm_nemo.evaluation.steering_curves import measure, plan, read_with
 from steerlm_nemo.records import dump_record
-from steerlm_nemo.report.charts import Line, heat_table, line_chart
+from steerlm_nemo.report.charts import Line, line_chart
 from steerlm_nemo.report.steerlm import EXACT_READER, Results, html_page, write_report
 from steerlm_nemo.toy.world import draw_grades, held_out_prompts, read_attributes, write_response
 
@@ -129,8 +129,14 @@ def test_a_chart_puts_points_where_they_belong():
     assert left < right and bottom > top  # y grows downwards in SVG
 
 
-def test_a_table_says_where_it_knows_nothing():
-    assert "n/a" in heat_table(["a"], ["b"], [[None]], 1.0)
+def test_the_page_says_where_it_knows_nothing():
+    results = toy_results()
+    blind = [type(one)(**{**vars(one), "found": {**one.found, "humor": None}}) for one in results.steered]
+    html = html_page(Results(**{**vars(results), "steered": blind, "steering": measure(blind, TOY6)}))
+    text = Page(html).text
+    assert "Spearman n/a; exact n/a; 60 of 60 unreadable" in " ".join(text.split())
+    assert text.count("unreadable") > 5 and html.count("<td>n/a") == 6  # nobody could leak into humor
+    assert "unreadable" not in Page(html_page(results)).text.replace("0 of 60 unreadable", "")
 
 
 def test_losses_come_from_the_tensorboard_files_of_a_run_and_its_resumption(tmp_path):
