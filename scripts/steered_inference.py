@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from steerlm_nemo.client.server import ServerClient
+    from steerlm_nemo.client.pool import ServerPool
     from steerlm_nemo.conversation import SYSTEM_PROMPT
     from steerlm_nemo.steering.steer import Sampling, parse_attributes, steer, steer_file
 
@@ -55,14 +55,14 @@ def main() -> None:
     sampling = Sampling(args.tokens_to_generate, args.greedy, random_seed=args.random_seed, **given)
     attributes = parse_attributes(args.attributes)
     system = SYSTEM_PROMPT if args.system is None else args.system
-    client = ServerClient(args.host, args.port_num, args.timeout_s, args.retries)
-    if args.prompt is not None:
-        response = steer(args.prompt, attributes, client, system=system, sampling=sampling)
-        print(response.text)
-        return
-    num_records = steer_file(
-        args.input_file, args.output_file, attributes, client, args.batch_size, system=system, sampling=sampling
-    )
+    with ServerPool([(args.host, args.port_num)], args.timeout_s, args.retries) as servers:
+        if args.prompt is not None:
+            response = steer(args.prompt, attributes, servers, system=system, sampling=sampling)
+            print(response.text)
+            return
+        num_records = steer_file(
+            args.input_file, args.output_file, attributes, servers, args.batch_size, system=system, sampling=sampling
+        )
     print(f"{num_records} responses written to {args.output_file}")
 
 

@@ -127,5 +127,5 @@ def chat_file(tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steerlm_nemo.client.server.FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr("steerlm_nemo.client.server.LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr("steerlm_nemo.client.pool.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("steerlm_nemo.client.pool.LONGEST_PAUSE_S", 0.2)

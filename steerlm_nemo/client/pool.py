@@ -1,4 +1,4 @@
-"""One client of several servers of the same model: `--endpoints a:1424,b:1424`.
+"""One client of one or several servers of the same model: `--endpoints a:1424,b:1424`. The only place with retries.
 
 Every server has a bounded number of requests under way. One that cannot be reached is left alone for a growing pause,
 its work goes to the others, and it is tried again, one request at a time. What fails otherwise (500, a time-out, an
@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from steerlm_nemo.client import server as pauses
 from steerlm_nemo.client.server import (
     Generation,
     RequestRefusedError,
@@ -28,6 +27,9 @@ from steerlm_nemo.client.server import (
 )
 from steerlm_nemo.errors import FormatMismatchError, InputError, ServerError
 from steerlm_nemo.model_kind import SteerLMFormat
+
+FIRST_PAUSE_S = 0.5  # before a request is sent again, or a server tried again; then twice as long each time
+LONGEST_PAUSE_S = 30.0
 
 _T = TypeVar("_T")
 
@@ -65,7 +67,7 @@ class ServerPool:
     def __post_init__(self) -> None:
         if len(set(self.addresses)) < len(self.addresses):
             raise InputError(f"--endpoints names a server twice: {self.where}")
-        self._servers = [_Server(ServerClient(host, port, self.timeout_s, 0)) for host, port in self.addresses]
+        self._servers = [_Server(ServerClient(host, port, self.timeout_s)) for host, port in self.addresses]
 
     def __enter__(self) -> ServerPool:
         return self
@@ -91,6 +93,7 @@ class ServerPool:
             ServerError: no server can be reached.
             InputError: two servers do not serve the same.
         """
+        # The first question of every run: a wrong port should show in seconds, not after all the patience of a run.
         for attempt in range(min(self.retries, 2) + 1):
             if attempt:
                 time.sleep(_pause_s(attempt - 1))
@@ -243,8 +246,7 @@ def _pause_s(attempt: int) -> float:
 
 
 def _longest_pause_s(attempt: int) -> float:
-    # Looked up at each call: tests shorten them.
-    return min(pauses.FIRST_PAUSE_S * 2**attempt, pauses.LONGEST_PAUSE_S)
+    return min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
 
 
 def parse_endpoints(text: str) -> list[tuple[str, int]]:

@@ -1,28 +1,21 @@
-"""HTTP client of our server, for the annotator and the steering client.
+"""HTTP client of one server: each call is one request. Whoever wants retries has a `ServerPool`, of one server too.
 
-Two kinds of failure: the server could not answer now (down, time-out, 5xx, 429, an answer cut short), which is
-retried with growing pauses; and the server refused the request (4xx), which no retry can change.
+Two kinds of failure: the server could not answer now (down, time-out, 5xx, 429, an answer cut short), and the server
+refused the request (4xx), which no retry can change.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
 from steerlm_nemo.errors import FormatMismatchError, InputError, ServerError
 from steerlm_nemo.model_kind import SteerLMFormat, kinds_that
-
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-
-_T = TypeVar("_T")
 
 
 class RequestRefusedError(ServerError):
@@ -62,19 +55,16 @@ class Generation:
 
 
 class ServerClient:
-    """A server's address with time-out and retry policy. One client may be shared by several threads.
+    """A server's address with time-out. One client may be shared by several threads.
 
     Where the environment has STEERLM_TOKEN, that token is sent.
     """
 
-    def __init__(self, host: str, port: int, timeout_s: float = 600.0, retries: int = 8) -> None:
+    def __init__(self, host: str, port: int, timeout_s: float = 600.0) -> None:
         self.where = f"http://{host}:{port}"
         self.num_requests = 0
-        self.num_retries = 0  # retries made so far
-        self.identity: str | None = (
-            None  # of the served model, once `format` has asked; None where the server is silent
-        )
-        self._retries = retries
+        # Of the served model, once `format` has asked; None where the server is silent.
+        self.identity: str | None = None
         self._http = httpx.Client(
             base_url=self.where,
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
@@ -89,12 +79,10 @@ class ServerClient:
 
         Raises:
             RequestRefusedError: the server says the request is wrong.
-            ServerError: no answer after all retries.
+            ServerError: no answer.
         """
         body = {"sentences": list(sentences), **settings}
-        return self._with_retries(
-            lambda: Generation(sentences, self._json("PUT", "/generate", body), self.where), self._retries
-        )
+        return Generation(sentences, self._json("PUT", "/generate", body), self.where)
 
     def attribute_lines(
         self, prompts: Sequence[str], given: Sequence[Mapping[str, str | int]] | None = None, *, beliefs: bool = True
@@ -115,27 +103,24 @@ class ServerClient:
         if not beliefs:
             body["beliefs"] = False
 
-        def ask() -> list[ServedLine] | None:
-            response = self._send("POST", "/v1/attribute_lines", body)
-            if response.status_code == httpx.codes.NOT_FOUND:
-                return None
-            answer = self._content(response)
-            try:
-                model = answer.get("model") or None
-                told = answer.get("attributes") or [None] * len(prompts)
-                found = [ServedLine(*row) for row in zip(answer["lines"], answer["num_overruled"], told, strict=True)]
-            except (AttributeError, KeyError, TypeError, ValueError) as err:
-                raise ServerError(f"{self.where}/v1/attribute_lines answered something else: {answer!r:.200}") from err
-            if len(found) != len(prompts):
-                raise ServerError(f"{self.where} answered {len(found)} lines for {len(prompts)} prompts")
-            if model is not None and self.identity is not None and model != self.identity:
-                raise InputError(
-                    f"{self.where} served model {self.identity} when this run began and serves {model} now. One file "
-                    "is graded by one model: serve the first again and run the same command."
-                )
-            return found
-
-        return self._with_retries(ask, self._retries)
+        response = self._send("POST", "/v1/attribute_lines", body)
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        answer = self._content(response)
+        try:
+            model = answer.get("model") or None
+            told = answer.get("attributes") or [None] * len(prompts)
+            found = [ServedLine(*row) for row in zip(answer["lines"], answer["num_overruled"], told, strict=True)]
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise ServerError(f"{self.where}/v1/attribute_lines answered something else: {answer!r:.200}") from err
+        if len(found) != len(prompts):
+            raise ServerError(f"{self.where} answered {len(found)} lines for {len(prompts)} prompts")
+        if model is not None and self.identity is not None and model != self.identity:
+            raise InputError(
+                f"{self.where} served model {self.identity} when this run began and serves {model} now. One file "
+                "is graded by one model: serve the first again and run the same command."
+            )
+        return found
 
     def is_ready(self) -> bool:
         """Does GET /health answer now? One try."""
@@ -152,8 +137,7 @@ class ServerClient:
         Raises:
             ServerError: the server cannot be reached.
         """
-        # The first question of every run: a wrong port should show in seconds, not after all the patience of a run.
-        response = self._with_retries(lambda: self._send("GET", "/v1/attributes"), min(self._retries, 2))
+        response = self._send("GET", "/v1/attributes")
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
         content = self._content(response)
@@ -163,30 +147,8 @@ class ServerClient:
         except FormatMismatchError as err:
             raise ServerError(f"{self.where}/v1/attributes did not answer with a SteerLM format: {err}") from err
 
-    def require_format(self, ability: str) -> SteerLMFormat:
-        """As `format`, but only for a model that can do this. Raises InputError naming what is served instead."""
-        return require_ability(self.format(), ability, self.where)
-
     def close(self) -> None:
         self._http.close()
-
-    def _with_retries(self, send: Callable[[], _T], retries: int) -> _T:
-        attempt = 0
-        while True:
-            try:
-                return send()
-            except RequestRefusedError:
-                raise
-            except ServerError as err:
-                if attempt == retries:
-                    tries = f" ({attempt + 1} tries)" if attempt else ""
-                    raise type(err)(f"{err}{tries}") from err
-                with self._lock:
-                    self.num_retries += 1
-                pause_s = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
-                # Spread out, or all the threads that failed together would come back together.
-                time.sleep(pause_s * random.uniform(0.5, 1.0))
-                attempt += 1
 
     def _json(self, method: str, path: str, body: Any = None) -> Any:
         return self._content(self._send(method, path, body))

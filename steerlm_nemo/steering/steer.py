@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from steerlm_nemo.attributes import Attributes
-from steerlm_nemo.client.server import ServerClient
+from steerlm_nemo.client.pool import ServerPool
 from steerlm_nemo.conversation import SYSTEM_PROMPT
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.messages import conversation_of
@@ -33,7 +34,7 @@ class Sampling:
     top_p: float = 0.9
     random_seed: int | None = None
 
-    def body(self) -> dict[str, object]:
+    def body(self) -> dict[str, Any]:
         return {
             "tokens_to_generate": self.tokens_to_generate,
             "greedy": self.greedy,
@@ -58,7 +59,7 @@ class SteeredResponse:
 def steer(
     messages: str | Sequence[Mapping[str, object]],
     attributes: Mapping[str, int | str],
-    endpoint: str | ServerClient = "127.0.0.1:1427",
+    endpoint: str | ServerPool = "127.0.0.1:1427",
     *,
     system: str = SYSTEM_PROMPT,
     sampling: Sampling | None = None,
@@ -75,26 +76,26 @@ def steer(
             whose model does not respond at values.
         ServerError: the server is down, timed out or answered with an error.
     """
-    client = connect(endpoint)
-    served = client.require_format(CHAT)
-    return respond(client, served, [(messages, attributes, system)], sampling or Sampling())[0]
+    servers = connect(endpoint)
+    served = servers.require_format(CHAT)
+    return respond(servers, served, [(messages, attributes, system)], sampling or Sampling())[0]
 
 
-def connect(endpoint: str | ServerClient, timeout_s: float = 600.0, retries: int = 3) -> ServerClient:
-    """A client for "host:port"."""
-    if isinstance(endpoint, ServerClient):
+def connect(endpoint: str | ServerPool, timeout_s: float = 600.0, retries: int = 3) -> ServerPool:
+    """What to ask for "host:port"."""
+    if isinstance(endpoint, ServerPool):
         return endpoint
     host, _, port = endpoint.removeprefix("http://").rstrip("/").rpartition(":")
     if not host or not port.isdigit():
         raise InputError(f"endpoint {endpoint!r} is not host:port, such as 127.0.0.1:1427")
-    return ServerClient(host, int(port), timeout_s, retries)
+    return ServerPool([(host, int(port))], timeout_s, retries)
 
 
 Request = tuple["str | Sequence[Mapping[str, object]]", Mapping[str, "int | str"], str]
 
 
 def respond(
-    client: ServerClient, served: SteerLMFormat, requests: Sequence[Request], sampling: Sampling
+    servers: ServerPool, served: SteerLMFormat, requests: Sequence[Request], sampling: Sampling
 ) -> list[SteeredResponse]:
     """Responses to several (messages, attributes, system), asked for in one HTTP request."""
     lines = [served.schema.complete(attributes) for _, attributes, _ in requests]
@@ -103,7 +104,7 @@ def respond(
         for (messages, _, system), line in zip(requests, lines, strict=True)
     ]
     markers = [served.template.turn_start, served.template.label_start]
-    generation = client.generate(prompts, end_strings=markers, **sampling.body())
+    generation = servers.generate(prompts, end_strings=markers, **sampling.body())
     return [
         SteeredResponse(served.template.response_text(completion), line, prompt)
         for completion, line, prompt in zip(generation.completions, lines, prompts, strict=True)
@@ -114,7 +115,7 @@ def steer_file(
     input_file: str | Path,
     output_file: str | Path,
     attributes: Mapping[str, int | str],
-    endpoint: str | ServerClient,
+    endpoint: str | ServerPool,
     batch_size: int,
     *,
     system: str = SYSTEM_PROMPT,
@@ -133,8 +134,8 @@ def steer_file(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
     records = list(read_records(input_file))
-    client = connect(endpoint)
-    served = client.require_format(CHAT)
+    servers = connect(endpoint)
+    served = servers.require_format(CHAT)
     requests = []
     for ref, record in records:
         try:
@@ -146,7 +147,7 @@ def steer_file(
     with atomic_output(output_file) as file, tqdm(total=len(records), unit="record", desc="steer") as progress:
         for start in range(0, len(records), batch_size):
             part = slice(start, start + batch_size)
-            responses = respond(client, served, requests[part], sampling or Sampling())
+            responses = respond(servers, served, requests[part], sampling or Sampling())
             for (_, record), response in zip(records[part], responses, strict=True):
                 done = {**record, "response": response.text, "response_attributes": response.attributes.line}
                 file.write(dump_record(done) + "\n")

@@ -195,6 +195,7 @@ def survive(tmp_path, num_threads, num_kills, share):
                 httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
                 break
             except httpx.TransportError:
+                assert process.poll() is None, "the server did not start"
                 time.sleep(0.02)
         return process
 
@@ -230,7 +231,7 @@ def survive(tmp_path, num_threads, num_kills, share):
 
 @pytest.mark.parametrize("share", [0.01, 0.03, 0.1])
 def test_a_thousand_threads_survive_ten_kills_and_faulty_answers(tmp_path, monkeypatch, share):
-    monkeypatch.setattr("steerlm_nemo.client.server.FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("steerlm_nemo.client.pool.FIRST_PAUSE_S", 0.05)
     kills, faults = survive(tmp_path, num_threads=1000, num_kills=10, share=share)
     print(f"{share:.0%}: 1000 of 1000 threads, {len(kills)} kills, faults {dict(faults)}")
     assert sum(faults.values()) > 300 * share

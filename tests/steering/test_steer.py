@@ -8,7 +8,7 @@ import pytest
 import tiny_world
 
 from steerlm_nemo.attributes import Attributes
-from steerlm_nemo.client.server import ServerClient
+from steerlm_nemo.client.pool import ServerPool
 from steerlm_nemo.errors import InputError, RecordError, ServerError
 from steerlm_nemo.steering.steer import Sampling, connect, parse_attributes, steer, steer_file
 
@@ -133,7 +133,7 @@ def test_a_value_model_is_refused():
 
 def test_a_server_that_is_down_is_a_clear_error():
     with pytest.raises(ServerError, match=r"no server answers at http://127\.0\.0\.1:9"):
-        steer("Speak!", {}, ServerClient("127.0.0.1", 9, retries=0))
+        steer("Speak!", {}, ServerPool([("127.0.0.1", 9)], retries=0))
     with pytest.raises(InputError, match="is not host:port"):
         connect("nonsense")
 
