@@ -6,7 +6,7 @@ import io
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,42 @@ SENTENCES = (
 )
 
 
+def pytest_report_header() -> str:
+    """Says once what a whole run stands on."""
+    if SHARED_DATA.is_dir():
+        return f"genuine data: {SHARED_DATA}"
+    return f"genuine data: none at {SHARED_DATA}; samples made here, of the same shape, stand in"
+
+
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of genuine data; tests that need it are skipped without it."""
+def genuine_data() -> Path:
+    """The folder of genuine data; tests of what only it can show are skipped without it."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no genuine data at {SHARED_DATA}")
     return SHARED_DATA
 
 
 @pytest.fixture(scope="session")
+def made_data(train_sentencepiece: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like that of genuine data, made here."""
+    import genuine_shaped
+
+    folder = tmp_path_factory.mktemp("made")
+    genuine_shaped.write_samples(folder)
+    (folder / "tokenizers").mkdir()
+    train_sentencepiece(folder / "tokenizers" / "llama2-tokenizer.model")
+    return folder
+
+
+@pytest.fixture(scope="session", params=["genuine", "made"])
+def shared_data(request: pytest.FixtureRequest) -> Path:
+    """Genuine data, and what is made in its shape: a test that takes this holds for both."""
+    return request.getfixturevalue(f"{request.param}_data")
+
+
+@pytest.fixture(scope="session")
 def llama2_model(shared_data: Path) -> Path:
+    """Llama 2's tokenizer, or a small one of its kind."""
     return shared_data / "tokenizers" / "llama2-tokenizer.model"
 
 
@@ -58,7 +84,7 @@ def train_sentencepiece() -> Callable[..., Path]:
     """Trains a SentencePiece model of Llama 2's kind, but for the options given, and writes it to a path."""
     import sentencepiece
 
-    def train(path: Path, **options: Any) -> Path:
+    def train(path: Path, sentences: Sequence[str] = SENTENCES, **options: Any) -> Path:
         model = io.BytesIO()
         settings = {
             "model_type": "bpe",
@@ -70,7 +96,7 @@ def train_sentencepiece() -> Callable[..., Path]:
             "minloglevel": 2,
             **options,
         }
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_writer=model, **settings)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=model, **settings)
         path.write_bytes(model.getvalue())
         return path
 
@@ -92,8 +118,19 @@ def small_tokenizer(small_model: Path) -> SentencePieceTokenizer:
 
 
 @pytest.fixture(scope="session")
-def genuine_checkpoint(shared_data: Path) -> Path:
-    return shared_data / "tiny-llama-checkpoint"
+def genuine_checkpoint(train_sentencepiece: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with logits and greedy text found by another program: a genuine one, or where there is none, one
+    of the same sizes that is made here."""
+    if SHARED_DATA.is_dir():
+        return SHARED_DATA / "tiny-llama-checkpoint"
+    import genuine_shaped
+    import made_llama
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama-checkpoint"
+    sentences = genuine_shaped.sentences(500)
+    tokenizer = train_sentencepiece(folder.parent / "tokenizer.model", sentences, vocab_size=512)
+    made_llama.write_made_llama(folder, tokenizer)
+    return folder
 
 
 @pytest.fixture(scope="session")

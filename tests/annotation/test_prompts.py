@@ -1,6 +1,5 @@
 """The bytes and tokens a model is asked with are those it was trained on (D-02, D-08, D-31)."""
 
-import live
 import pytest
 import tiny_world
 from hypothesis import given, settings
@@ -24,10 +23,7 @@ texts = st.lists(
 def tokenizer(request, tmp_path_factory):
     if request.param == "tiny":
         return tiny_world.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    path = live.DATA / "tokenizers" / request.param
-    if not path.is_file():
-        pytest.skip(f"no genuine tokenizer here (../shared/data/tokenizers/{request.param})")
-    return SentencePieceTokenizer(path)
+    return SentencePieceTokenizer(request.getfixturevalue("genuine_data") / "tokenizers" / request.param)
 
 
 def conversation(record_type, system, contents):

@@ -58,9 +58,9 @@ def llama_nemo(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stories(shared_data: Path) -> Path:
-    """A genuine trained Llama: grouped-query attention, tied embeddings, with logits from another implementation."""
-    return shared_data / "tiny-llama-checkpoint"
+def stories(genuine_checkpoint: Path) -> Path:
+    """A small Llama: grouped-query attention, tied embeddings, with logits from another implementation."""
+    return genuine_checkpoint
 
 
 @pytest.fixture(scope="session")

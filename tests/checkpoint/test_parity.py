@@ -53,12 +53,11 @@ def hf_logits(folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def ran(
-    request: pytest.FixtureRequest, make_llama: MakeLlama, shared_data: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, make_llama: MakeLlama, stories: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Path]]:
     """All cases through NeMo at one TP size, in one start of the ranks. Returns the folder and the HF folders."""
     folder = tmp_path_factory.mktemp(f"tp{request.param}")
     save_file({"text": TOKEN_IDS}, folder / "text.safetensors")
-    stories = shared_data / "tiny-llama-checkpoint"
     expected = load_file(stories / "expected_logits.safetensors")
     save_file({key: ids for key, ids in expected.items() if key.endswith("input_ids")}, folder / "stories.safetensors")
 

@@ -32,14 +32,13 @@ NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def tiny_nemo(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_nemo(genuine_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("engine") / "tiny.nemo"
-    source = shared_data / "tiny-llama-checkpoint"
     command = [
         sys.executable,
         ROOT / "scripts/convert_hf_llama_to_nemo.py",
         "--in-file",
-        source,
+        genuine_checkpoint,
         "--out-file",
         out,
         "--no_check",
@@ -48,15 +47,15 @@ def tiny_nemo(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def all_prompts(shared_data: Path) -> list[list[int]]:
-    tokenizer = SentencePieceTokenizer(shared_data / "tiny-llama-checkpoint" / "tokenizer.model")
+def all_prompts(checkpoint: Path) -> list[list[int]]:
+    tokenizer = SentencePieceTokenizer(checkpoint / "tokenizer.model")
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in TEXTS]
     chance = random.Random(0)
     return prompts + [[chance.randrange(3, 512) for _ in range(chance.randint(1, 60))] for _ in range(6)]
 
 
-def results(tiny_nemo: Path, folder: Path, shared_data: Path, tp_size: int) -> dict[str, Any]:
-    (folder / "prompts.json").write_text(json.dumps([all_prompts(shared_data), NUM_TOKENS]))
+def results(tiny_nemo: Path, folder: Path, checkpoint: Path, tp_size: int) -> dict[str, Any]:
+    (folder / "prompts.json").write_text(json.dumps([all_prompts(checkpoint), NUM_TOKENS]))
     arguments = [WORKER, tiny_nemo, folder / "prompts.json", folder / "results.json"]
     run = subprocess.run([*ranks(tp_size), *arguments], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -71,10 +70,11 @@ def ranks(tp_size: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def by_tp_size(tiny_nemo: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+def by_tp_size(tiny_nemo: Path, genuine_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """What engine_worker.py found at each TP size; there `reused` and `computed` are two engines (prefix reuse)."""
     return {
-        tp_size: results(tiny_nemo, tmp_path_factory.mktemp(f"tp{tp_size}"), shared_data, tp_size) for tp_size in (1, 2)
+        tp_size: results(tiny_nemo, tmp_path_factory.mktemp(f"tp{tp_size}"), genuine_checkpoint, tp_size)
+        for tp_size in (1, 2)
     }
 
 
@@ -104,10 +104,10 @@ def test_greedy_output_is_nemos_token_by_token_in_any_company(
 
 
 @pytest.fixture(scope="module")
-def hugging_face_scores(shared_data: Path) -> list[list[tuple[float, ...]]]:
+def hugging_face_scores(genuine_checkpoint: Path) -> list[list[tuple[float, ...]]]:
     """Of the same requests, each span by a forward pass of its own."""
-    engine = HFEngine.load(shared_data / "tiny-llama-checkpoint")
-    requests = score_requests(all_prompts(shared_data), engine.info.tokenizer)
+    engine = HFEngine.load(genuine_checkpoint)
+    requests = score_requests(all_prompts(genuine_checkpoint), engine.info.tokenizer)
     return [list(scores.token_logprobs) for scores in score(engine, requests)]
 
 
@@ -139,11 +139,11 @@ def test_scoring_beside_it_leaves_greedy_generation_as_it_is(
 
 @pytest.mark.slow
 def test_the_bound_tells_a_span_from_the_same_span_after_another_prompt(
-    by_tp_size: dict[int, Any], shared_data: Path
+    by_tp_size: dict[int, Any], genuine_checkpoint: Path
 ) -> None:
     """The control: what a mix-up of prompts, or a prompt one token too short, would give is far outside the bound."""
-    engine = HFEngine.load(shared_data / "tiny-llama-checkpoint")
-    requests = score_requests(all_prompts(shared_data), engine.info.tokenizer)
+    engine = HFEngine.load(genuine_checkpoint)
+    requests = score_requests(all_prompts(genuine_checkpoint), engine.info.tokenizer)
     ours = by_tp_size[1]["reused"]["scores"]["together"]
     for mine, request in zip(ours, requests, strict=True):
         if len(request.prompt_ids) > 1:
