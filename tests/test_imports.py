@@ -25,6 +25,7 @@ ORDER = (
         "template",
         "tokenizer",
     ),
+    "correlation",  # numbers that both data and evaluation state
     "model_kind",  # what a model answers, and how it is trained
     "ranks",  # processes of one job
     "workers",  # processes that share work

@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from math import sqrt
 from pathlib import Path
 
 from steerlm_nemo.attributes import LANG, Attributes
 from steerlm_nemo.conversation import Conversation
+from steerlm_nemo.correlation import pearson
 from steerlm_nemo.data.preprocessing import Options, Thread, threads
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.records import Accounting, read_records
@@ -33,7 +33,7 @@ class Grades:
     def __init__(self) -> None:
         self._lines: Counter[Attributes] = Counter()
         self._counts: dict[str, Counter[int]] = {}
-        self._sums: dict[tuple[str, str], list[float]] = {}  # n, x, y, xx, yy, xy
+        self._pairs: dict[tuple[str, str], Counter[tuple[int, int]]] = {}  # of values that one turn has
 
     def add(self, attributes: Attributes) -> None:
         self._lines[attributes] += 1
@@ -46,9 +46,7 @@ class Grades:
             for name, value in grades:
                 self._counts.setdefault(name, Counter())[value] += times
             for (one, x), (other, y) in combinations(sorted(grades), 2):
-                sums = self._sums.setdefault((one, other), [0.0] * 6)
-                for position, term in enumerate((1, x, y, x * x, y * y, x * y)):
-                    sums[position] += times * term
+                self._pairs.setdefault((one, other), Counter())[x, y] += times
         self._lines.clear()
 
     def counts(self) -> Mapping[str, Counter[int]]:
@@ -62,12 +60,8 @@ class Grades:
         if one == other:
             counts = self._counts[one]
             return 1.0 if len(counts) > 1 else None
-        sums = self._sums.get((min(one, other), max(one, other)))
-        if sums is None:
-            return None
-        n, x, y, xx, yy, xy = sums
-        spread = (n * xx - x * x) * (n * yy - y * y)
-        return (n * xy - x * y) / sqrt(spread) if spread > 0 else None
+        pairs = self._pairs.get((min(one, other), max(one, other)), Counter())
+        return pearson([x for x, _ in pairs], [y for _, y in pairs], [*pairs.values()])
 
 
 @dataclass

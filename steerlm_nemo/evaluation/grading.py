@@ -16,8 +16,8 @@ import numpy as np
 
 from steerlm_nemo.attributes import LANG, Attribute, Attributes, AttributeSchema
 from steerlm_nemo.conversation import Conversation
+from steerlm_nemo.correlation import pearson
 from steerlm_nemo.errors import InputError, RecordError
-from steerlm_nemo.evaluation.statistics import pearson
 from steerlm_nemo.records import read_records
 
 ValuePair = tuple[int, int]  # (human, predicted)
@@ -51,7 +51,7 @@ class Grading:
             exact_match=float(confusion[error == 0].sum() / num_turns),
             within_one=float(confusion[error <= 1].sum() / num_turns),
             mae=float((error * confusion).sum() / num_turns),
-            pearson=pearson(*(np.repeat(axis.ravel(), confusion.ravel()) for axis in (humans, predictions))),
+            pearson=pearson(humans.ravel(), predictions.ravel(), confusion.ravel()),
             values=list(scale),
             confusion=confusion.tolist(),
         )

@@ -24,8 +24,9 @@ import numpy as np
 
 from steerlm_nemo.attributes import Attribute, Attributes, AttributeSchema
 from steerlm_nemo.conversation import ASSISTANT, TEXT_TO_VALUE, USER, Conversation, RecordRef
+from steerlm_nemo.correlation import spearman
 from steerlm_nemo.errors import InputError, RecordError
-from steerlm_nemo.evaluation.statistics import bootstrap_interval, spearman
+from steerlm_nemo.evaluation.intervals import bootstrap_interval
 from steerlm_nemo.records import read_records
 
 Found = Mapping[str, "int | None"]  # attributes of a response; None: unreadable
