@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from steerlm_nemo.annotation.grader import LineReader
+from steerlm_nemo.annotation.grader import Grader
 from steerlm_nemo.annotation.thread import (
     AnnotatedThread,
     AnnotationSettings,
@@ -207,7 +207,7 @@ class _Annotator:
     ) -> None:
         self._servers = servers
         self._served = served
-        self._reader = LineReader(servers, served, settings.mode, beliefs=settings.soft)
+        self._grader = Grader(servers, served, settings.mode, beliefs=settings.soft)
         self._settings = settings
         self._journal = journal
         self._accounting = accounting
@@ -319,23 +319,23 @@ class _Annotator:
             # Threads of a tree have turns in common: what is asked about them is asked once.
             questions = [(thread.prompt(index), tuple(thread.given[index].items())) for thread, index in rows]
             unique = list(dict.fromkeys(questions))
-            readings = self._reader.read([prompt for prompt, _ in unique], [dict(given) for _, given in unique], home)
-            found = dict(zip(unique, readings, strict=True))
+            graded = self._grader.grade([prompt for prompt, _ in unique], [dict(given) for _, given in unique], home)
+            found = dict(zip(unique, graded, strict=True))
             for (thread, index), question in zip(rows, questions, strict=True):
-                reading = found[question]
-                beliefs = reading.beliefs
+                graded_line = found[question]
+                beliefs = graded_line.beliefs
                 if self._settings.soft and beliefs is None:
                     raise InputError(
                         f"--soft: {self._servers.where} does not tell how sure its model is. Serve it with "
                         "scripts/megatron_gpt_eval.py of this project, or run without --soft."
                     )
                 with_lang = self._settings.process_lang
-                thread.grades[index] = reading.attributes if with_lang else without_lang(reading.attributes)
+                thread.grades[index] = graded_line.attributes if with_lang else without_lang(graded_line.attributes)
                 if self._settings.soft:
                     thread.beliefs[index] = {
                         key: belief for key, belief in (beliefs or {}).items() if with_lang or key != LANG
                     }
-                thread.counts += reading.counts
+                thread.counts += graded_line.counts
 
 
 def _write(

@@ -44,8 +44,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A full, legal line; what the model believes of each chosen value (None: not asked, or not told); and counts of
+class GradedLine:
+    """A full, legal line; how sure the model is of each chosen value (None: not asked, or not told); and counts of
     `by_line`, `by_slots`, `slots`, `chosen` and `given`."""
 
     attributes: Attributes
@@ -53,8 +53,8 @@ class Reading:
     counts: Counter[str]
 
 
-class LineReader:
-    """Reads attribute lines. `mode` is "line" or "slots"; both give the same greedy values."""
+class Grader:
+    """Asks for attribute lines. `mode` is "line" or "slots"; both give the same greedy values."""
 
     def __init__(self, servers: ServerPool, served: SteerLMFormat, mode: str, *, beliefs: bool = True) -> None:
         self._servers = servers
@@ -66,10 +66,10 @@ class LineReader:
         self._beliefs = beliefs
         self._longest_line = len(self._longest().encode()) + 1
 
-    def read(
+    def grade(
         self, prompts: Sequence[str], given: Sequence[Mapping[str, int | str]] | None = None, home: int = 0
-    ) -> list[Reading]:
-        """One reading per prompt. `given`: legal values that are known of each line. `home`: see `ServerPool`.
+    ) -> list[GradedLine]:
+        """One line per prompt. `given`: legal values that are known of each line. `home`: see `ServerPool`.
 
         Raises:
             ServerError: see `ServerPool.generate`.
@@ -80,7 +80,7 @@ class LineReader:
             found = self._servers.attribute_lines(prompts, known, home, beliefs=self._beliefs)
         if found is not None:
             return [
-                Reading(
+                GradedLine(
                     self._legal(line.text, values),
                     line.beliefs,
                     Counter({"by_line": 1, "chosen": line.num_overruled, "given": len(values)}),
@@ -89,14 +89,14 @@ class LineReader:
             ]
         lines = [Line(prompt, values) for prompt, values in zip(prompts, known, strict=True)]
         if self._mode == "line":
-            self._read_whole([line for line in lines if not line.given], home)
+            self._ask_whole([line for line in lines if not line.given], home)
         for key in self._keys:
             unread = [line for line in lines if key not in dict(line.items)]
             for line in unread:
                 if key in line.given:
                     line.items.append((key, line.given[key]))
-            self._read_slot([line for line in unread if key not in line.given], key, home)
-        return [Reading(Attributes.parse(line.text), None, self._counts(line)) for line in lines]
+            self._ask_slot([line for line in unread if key not in line.given], key, home)
+        return [GradedLine(Attributes.parse(line.text), None, self._counts(line)) for line in lines]
 
     def _legal(self, line: str, given: Mapping[str, str]) -> Attributes:
         where = self._servers.where
@@ -112,7 +112,7 @@ class LineReader:
             raise ServerError(f"{where} answered {line!r}, though {changed[0]}:{given[changed[0]]} was given")
         return attributes
 
-    def _read_whole(self, lines: Sequence[Line], home: int) -> None:
+    def _ask_whole(self, lines: Sequence[Line], home: int) -> None:
         if not lines:
             return
         generation = self._servers.generate(
@@ -126,7 +126,7 @@ class LineReader:
         for line, completion in zip(lines, generation.completions, strict=True):
             line.items = legal_prefix(completion, self._schema, self._end)
 
-    def _read_slot(self, lines: Sequence[Line], key: str, home: int) -> None:
+    def _ask_slot(self, lines: Sequence[Line], key: str, home: int) -> None:
         if not lines:
             return
         legal = self._schema.legal_values(key)

@@ -6,7 +6,7 @@ import pytest
 import tiny_world
 import torch
 
-from steerlm_nemo.annotation.grader import LineReader, legal_prefix
+from steerlm_nemo.annotation.grader import Grader, legal_prefix
 from steerlm_nemo.attributes import Attribute, AttributeSchema
 from steerlm_nemo.client.pool import ServerPool
 from steerlm_nemo.model_kind import GRADER, SteerLMFormat
@@ -52,9 +52,9 @@ def client(value_port):
 def test_one_request_for_the_line_gives_the_slot_by_slot_values(client, value_engine):
     texts, made = prompts(20)
     served = value_engine.info.format
-    whole = LineReader(client, served, "line").read(texts)
+    whole = Grader(client, served, "line").grade(texts)
     num_line_requests = client.num_requests  # the first asked for the format
-    slots = LineReader(client, served, "slots").read(texts)
+    slots = Grader(client, served, "slots").grade(texts)
     assert [found.attributes for found in whole] == [found.attributes for found in slots]
     # The model has learned its world.
     assert [found.attributes for found in whole] == [c.turns[-1].attributes for c in made]
@@ -83,9 +83,9 @@ def test_a_whole_line_is_legal_whatever_the_model_would_say():
     served, tokenizer = engine.info.format, engine.info.tokenizer
     texts, _ = prompts(6)
     with live.run_engine(engine) as port:
-        found = LineReader(pool(port), served, "line").read(texts)
-    for text, reading in zip(texts, found, strict=True):
-        line, counts = reading.attributes, reading.counts
+        found = Grader(pool(port), served, "line").grade(texts)
+    for text, graded_line in zip(texts, found, strict=True):
+        line, counts = graded_line.attributes, graded_line.counts
         assert counts["by_line"] == 1 and counts["chosen"] > 0
         for key, value in line.items:
             before = text + line.line[: line.line.index(f"{key}:") + len(key) + 1]
@@ -99,8 +99,8 @@ def test_a_server_without_the_call_is_asked_freely_and_slot_by_slot(client, valu
     """As NeMo's own server, which knows /generate only."""
     texts, made = prompts(8)
     client.attribute_lines = lambda prompts, given, home, beliefs: None  # what it answers to a 404
-    found = LineReader(client, value_engine.info.format, "line").read(texts)
-    assert [reading.attributes for reading in found] == [c.turns[-1].attributes for c in made]
+    found = Grader(client, value_engine.info.format, "line").grade(texts)
+    assert [graded_line.attributes for graded_line in found] == [c.turns[-1].attributes for c in made]
 
 
 def test_given_values_stand_in_the_line_and_later_ones_are_chosen_after_them(client, value_engine):
@@ -108,19 +108,19 @@ def test_given_values_stand_in_the_line_and_later_ones_are_chosen_after_them(cli
     wrong = [{"humor": (c.turns[-1].attributes.as_dict()["humor"] + 1) % 3} for c in made]
     served = value_engine.info.format
     for mode in ("line", "slots"):
-        for reading, given, c in zip(LineReader(client, served, mode).read(texts, wrong), wrong, made, strict=True):
-            assert reading.attributes == served.schema.order({**c.turns[-1].attributes.as_dict(), **given})
-            assert reading.counts["given"] == 1
+        for graded_line, given, c in zip(Grader(client, served, mode).grade(texts, wrong), wrong, made, strict=True):
+            assert graded_line.attributes == served.schema.order({**c.turns[-1].attributes.as_dict(), **given})
+            assert graded_line.counts["given"] == 1
 
 
 def test_beliefs_are_the_models_own_probabilities_after_what_was_chosen(client, value_engine):
     texts, _ = prompts(5)
     served, tokenizer = value_engine.info.format, value_engine.info.tokenizer
     given = [{}, {}, {}, {"quality": 0}, {"quality": 0, "lang": "de"}]
-    for text, known, reading in zip(texts, given, LineReader(client, served, "line").read(texts, given), strict=True):
-        assert set(reading.beliefs) == set(served.schema.keys()) - set(known)
-        for key, belief in reading.beliefs.items():
-            line = reading.attributes.line
+    for text, known, graded_line in zip(texts, given, Grader(client, served, "line").grade(texts, given), strict=True):
+        assert set(graded_line.beliefs) == set(served.schema.keys()) - set(known)
+        for key, belief in graded_line.beliefs.items():
+            line = graded_line.attributes.line
             ids = served.template.encode_prompt(text + line[: line.index(f"{key}:") + len(key) + 1], tokenizer)
             with torch.no_grad():
                 log_probs = value_engine.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
@@ -128,7 +128,7 @@ def test_beliefs_are_the_models_own_probabilities_after_what_was_chosen(client, 
             first = [tokenizer.encode_continuation(value)[0] for value in legal]  # one token tells them apart
             shares = log_probs[first].softmax(-1).tolist()
             assert belief["probabilities"] == pytest.approx(dict(zip(legal, shares, strict=True)), abs=1e-4)
-            assert belief["value"] == reading.attributes.as_dict()[key]
+            assert belief["value"] == graded_line.attributes.as_dict()[key]
             place = legal.index(str(belief["value"]))
             assert belief["confidence"] == pytest.approx(shares[place], abs=1e-4)
             assert belief["logprob"] == pytest.approx(float(log_probs[first[place]]), abs=1e-3)
@@ -138,10 +138,10 @@ def test_beliefs_are_the_models_own_probabilities_after_what_was_chosen(client, 
 
 def test_beliefs_that_nobody_asks_for_are_not_sent(client, value_engine):
     texts, made = prompts(3)
-    for reading, c in zip(
-        LineReader(client, value_engine.info.format, "line", beliefs=False).read(texts), made, strict=True
+    for graded_line, c in zip(
+        Grader(client, value_engine.info.format, "line", beliefs=False).grade(texts), made, strict=True
     ):
-        assert reading.attributes == c.turns[-1].attributes and reading.beliefs is None
+        assert graded_line.attributes == c.turns[-1].attributes and graded_line.beliefs is None
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def test_an_illegal_first_choice_is_replaced_by_the_likeliest_legal_value():
     served = engine.info.format
     texts, _ = prompts(4)
     with live.run_engine(engine) as port:
-        found = LineReader(pool(port), served, "slots").read(texts)
-    for text, reading in zip(texts, found, strict=True):
-        line, counts = reading.attributes, reading.counts
+        found = Grader(pool(port), served, "slots").grade(texts)
+    for text, graded_line in zip(texts, found, strict=True):
+        line, counts = graded_line.attributes, graded_line.counts
         assert counts["chosen"] > 0
         expected = []
         for key in ("quality", "humor", "lang"):
@@ -190,6 +190,6 @@ def test_values_that_begin_one_another_are_never_read_by_their_first_token(clien
     wide = AttributeSchema("wide", (Attribute("quality", 0, 10), Attribute("humor", 0, 2)), ("en", "de"))
     served = SteerLMFormat(tiny_world.TEMPLATE, wide, GRADER)
     texts, made = prompts(3)
-    for reading, c in zip(LineReader(client, served, "slots").read(texts), made, strict=True):
-        assert reading.attributes == c.turns[-1].attributes
-        assert reading.counts["chosen"] == 1
+    for graded_line, c in zip(Grader(client, served, "slots").grade(texts), made, strict=True):
+        assert graded_line.attributes == c.turns[-1].attributes
+        assert graded_line.counts["chosen"] == 1
