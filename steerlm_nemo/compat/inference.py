@@ -17,11 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.inference.contexts import BaseInferenceContext
-from megatron.core.models.common.embeddings.rope_utils import _rotate_half
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class CachedForward(BaseInferenceContext):
     """One forward pass: where each token stands, where its keys and values go, and what it may look at."""
 
     def __init__(self, rope: tuple[torch.Tensor, torch.Tensor] | None, places_T: torch.Tensor, groups: Sequence[Group]):
-        self.rope = rope  # cosine and sine [T,1,1,rotary dim]
+        self.rope = rope  # see `rotate`
         self.places_T = places_T
         self.groups = groups
 
@@ -69,10 +74,13 @@ class CachedModel:
             groups, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
             attention.cache = torch.zeros((num_places, 2, groups, size), dtype=self.dtype, device=self.device)
             attention.forward = types.MethodType(_attend_cached, attention)
+        for module in gpt.modules():
+            if type(module) in _LINEAR and not module.sequence_parallel and not module.explicit_expert_comm:
+                module.forward = types.MethodType(_LINEAR[type(module)], module)
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None  # of every position
         if gpt.position_embedding_type == "rope":
             angles = gpt.rotary_pos_emb(context_length)
-            self._rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+            self._rope = rotation(angles, config.rotary_interleaved, self.dtype)
 
     @staticmethod
     def bytes_per_token(model: Any) -> int:
@@ -102,12 +110,12 @@ class CachedModel:
 
 
 def group_rows(
-    num_new: torch.Tensor, totals: torch.Tensor, cache_of_rows: torch.Tensor, repeats: int, dtype: torch.dtype
+    num_new: np.ndarray, totals: np.ndarray, cache_of_rows: torch.Tensor, repeats: int, dtype: torch.dtype
 ) -> list[Group]:
     """Put the rows of a step, in their order, into groups that pad little.
 
-    `num_new` and `totals` [rows] on the CPU: new tokens of each row and its length with them. `cache_of_rows`
-    [rows, context] on the device: the place of each of a row's tokens in the cache.
+    `num_new` and `totals` [rows]: new tokens of each row and its length with them. `cache_of_rows` [rows, context] on
+    the device: the place of each of a row's tokens in the cache.
     """
     new, total = num_new.tolist(), totals.tolist()
     device = cache_of_rows.device
@@ -118,16 +126,17 @@ def group_rows(
         longest, length, rows = max(new[first:end]), max(total[first:end]), end - first
         count = sum(new[first:end])
         new_B, total_B = num_new[first:end], totals[first:end]
-        place_Q = torch.arange(longest)
+        place_Q = np.arange(longest)
         padded = filled = None
         if count != rows * longest:
-            within = place_Q[None] < new_B[:, None]
-            padded = torch.where(within, (new_B.cumsum(0) - new_B)[:, None] + place_Q, 0).flatten().to(device)
-            filled = within.flatten().nonzero()[:, 0].to(device)
+            within = place_Q < new_B[:, None]
+            before = new_B.cumsum() - new_B
+            padded = torch.from_numpy(np.where(within, before[:, None] + place_Q, 0).ravel()).to(device)
+            filled = torch.from_numpy(np.flatnonzero(within)).to(device)
         mask = None
         if longest > 1 or min(total[first:end]) != length:
             last_seen = (total_B - new_B)[:, None] + place_Q  # the position of each new token
-            hidden = torch.arange(length) > last_seen[:, :, None]
+            hidden = torch.from_numpy(np.arange(length) > last_seen[:, :, None])
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
             mask = mask[:, None, None].expand(-1, -1, repeats, -1, -1).reshape(rows, 1, repeats * longest, length)
             mask = mask.to(device)
@@ -150,7 +159,7 @@ def _attend_cached(attention: Any, hidden_states: torch.Tensor, *args: Any, **kw
     query, key, value = attention.get_query_key_value_tensors(hidden_states, None)
     if context.rope is not None:
         interleaved = attention.config.rotary_interleaved
-        query, key = _rotate(query, *context.rope, interleaved), _rotate(key, *context.rope, interleaved)
+        query, key = rotate(query, *context.rope, interleaved), rotate(key, *context.rope, interleaved)
     new = torch.stack([key[:, 0], value[:, 0]], dim=1).to(attention.cache.dtype)
     attention.cache.index_copy_(0, context.places_T, new)  # on a CPU twice as fast as indexing, as is index_select
     T, _, _, D = query.shape
@@ -179,9 +188,53 @@ def _attend_cached(attention: Any, hidden_states: torch.Tensor, *args: Any, **kw
     return attention.linear_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
-def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Rotary embedding of [T,1,heads,D] at the step's own positions."""
+def rotation(angles: torch.Tensor, interleaved: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines, and sines with the signs that upstream gives to the halves of a head; `rotate` only exchanges those."""
+    sin = angles.sin()
+    negative = sin[..., ::2] if interleaved else sin[..., : sin.shape[-1] // 2]
+    negative.neg_()
+    return angles.cos().to(dtype), sin.to(dtype)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotary embedding of [T,1,heads,D], given what `rotation` makes of its positions, [T,1,1,rotary dim] each."""
     size = cos.shape[-1]
-    turned, rest = heads[..., :size], heads[..., size:]
-    turned = turned * cos + _rotate_half(turned, interleaved) * sin
-    return turned if not rest.shape[-1] else torch.cat([turned, rest], dim=-1)
+    turned = heads if size == heads.shape[-1] else heads[..., :size]
+    if interleaved:
+        exchanged = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        exchanged = torch.cat(turned.chunk(2, dim=-1)[::-1], dim=-1)
+    turned = turned * cos + exchanged * sin
+    return turned if size == heads.shape[-1] else torch.cat([turned, heads[..., size:]], dim=-1)
+
+
+def _column_linear(
+    linear: Any, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`ColumnParallelLinear.forward` without its autograd functions, which take longer than a small product."""
+    if torch.is_grad_enabled():
+        return ColumnParallelLinear.forward(linear, input_, weight, runtime_gather_output)
+    bias = None if linear.skip_bias_add else linear.bias
+    output = torch.matmul(input_, (linear.weight if weight is None else weight).t())
+    if bias is not None:
+        output = output + bias
+    if linear.gather_output if runtime_gather_output is None else runtime_gather_output:
+        output = gather_from_tensor_model_parallel_region(output)
+    return output, linear.bias if linear.skip_bias_add else None
+
+
+def _row_linear(linear: Any, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`RowParallelLinear.forward`, likewise."""
+    if torch.is_grad_enabled() or not linear.input_is_parallel:
+        return RowParallelLinear.forward(linear, input_)
+    output = torch.matmul(input_, linear.weight.t())
+    if linear.config.tensor_model_parallel_size > 1:
+        output = reduce_from_tensor_model_parallel_region(output)
+    if linear.skip_bias_add or linear.bias is None:
+        return output, linear.bias
+    # The bias joins after the all-reduce: added on every rank first, it would count tp_size times.
+    return output + linear.bias, None
+
+
+# Transformer Engine's are other classes, and stay as they are.
+_LINEAR = {ColumnParallelLinear: _column_linear, RowParallelLinear: _row_linear}

@@ -109,7 +109,8 @@ class MegatronEngine:
         if plan is None:
             return []
         try:
-            self._send(plan.pack())
+            if self._num_ranks > 1:
+                self._send(plan.pack())
             logits = self._forward(plan)
         except Exception as err:
             self._end_if_not_alone()
@@ -135,7 +136,8 @@ class MegatronEngine:
 
     def close(self) -> None:
         """Let the other ranks end. Rank 0 only."""
-        self._send(np.zeros(1, np.int64))
+        if self._num_ranks > 1:
+            self._send(np.zeros(1, np.int64))
 
     def _end_if_not_alone(self) -> None:
         if self._num_ranks > 1:
@@ -157,9 +159,8 @@ class MegatronEngine:
         device = self._table.device
         line, position, place = (torch.from_numpy(part).to(device) for part in plan.table)
         self._table[line, position] = place
-        totals = torch.from_numpy(plan.totals)
-        rows = self._table[torch.from_numpy(plan.lines).to(device), : int(totals.max())]
-        groups = group_rows(torch.from_numpy(plan.num_new), totals, rows, self._model.repeats, self._model.dtype)
+        rows = self._table[torch.from_numpy(plan.lines).to(device), : int(plan.totals.max())]
+        groups = group_rows(plan.num_new, plan.totals, rows, self._model.repeats, self._model.dtype)
         amp = {"16": torch.float16}.get(self._precision)
         with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
             return self._model.logits(
@@ -171,8 +172,6 @@ class MegatronEngine:
             )
 
     def _send(self, packed: np.ndarray) -> None:
-        if self._num_ranks == 1:
-            return
         head = np.zeros(_HEAD, np.int64)
         head[: len(packed)] = packed[:_HEAD]
         dist.broadcast(torch.from_numpy(head), src=0, group=self._plan_group)
