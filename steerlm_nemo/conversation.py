@@ -1,20 +1,24 @@
-"""The type every step of the flow speaks: a conversation whose turns may be graded.
+"""The types every step of the flow speaks: a conversation whose turns may carry attributes, and responses to compare.
 
-Raw form (one line of a chat JSONL file, key order as NeMo's `preprocessing.py` writes it)::
+Raw form (one line of a chat JSONL file, key order as NeMo's `preprocessing.py` and `attribute_annotate.py` write it)::
 
     {"conversations": [{"value": "Hi", "from": "User", "label": "quality:4,lang:en", "lang": "en"},
-                       {"value": "Hello.", "from": "Assistant", "label": null}],
+                       {"value": "Hello.", "from": "Assistant", "label": "quality:3", "gt_label": "quality:4"}],
      "tree_id": "t1", "system": "A chat ...", "mask": "User", "type": "TEXT_TO_VALUE"}
+
+`Conversation.from_record` and `Conversation.to_record` are the only two that know this form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from steerlm_nemo.attributes import Attributes
-from steerlm_nemo.errors import RecordError
+from steerlm_nemo.errors import RecordError, shown
 
 RecordType = Literal["TEXT_TO_VALUE", "VALUE_TO_TEXT"]
 TEXT_TO_VALUE: RecordType = "TEXT_TO_VALUE"
@@ -36,77 +40,222 @@ class RecordRef:
     """Where a record came from; every later error can point there."""
 
     path: str
-    line: int  # 1-based
+    line: int = 0  # from 1; 0: not of a file
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}" if self.line else self.path
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `attributes` is None where nobody graded it; never read that as zeros."""
+    """One message. `attributes` is None where nobody gave it any; never read that as zeros.
+
+    truth: what people said, where `attributes` are a model's (`gt_label`).
+    beliefs: how sure the model was of each attribute (`label_soft`, see annotation/thread.py).
+    says_null: a record of this turn has a `label` even without attributes; OpenAssistant's messages have none then.
+    source: the JSON object it was read from. Writing keeps what this type does not know, in its place.
+    """
 
     role: str
     text: str
     attributes: Attributes | None = None
+    lang: str | None = None
+    id: str | None = None
+    truth: Attributes | None = None
+    beliefs: Mapping[str, Any] | None = None
+    says_null: bool = True
+    source: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system prompt and its turns. `mask_roles` are the speakers that get no loss."""
+    """A system prompt and its turns. `mask` names the speakers that get no loss, with commas between them.
+
+    further: keys of a dataset's own that a record of it carries, written last.
+    source: as of a turn.
+    """
 
     system: str
     turns: tuple[Turn, ...]
     ref: RecordRef
     type: RecordType | None = None
-    mask_roles: tuple[str, ...] = (USER,)
+    mask: str = USER
+    tree_id: str | None = None
+    further: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    source: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def mask_roles(self) -> tuple[str, ...]:
+        return tuple(role.strip() for role in self.mask.split(","))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], ref: RecordRef) -> Conversation:
-        """Read one chat record.
+        """Read one chat record. An id or language that is no string stays in the record, unread.
 
         Raises:
-            RecordError: a key is missing or has the wrong type; the message starts with file:line.
+            RecordError: a key is missing or has the wrong type.
         """
         turns_raw = record.get("conversations")
         if not isinstance(turns_raw, list) or not turns_raw:
             is_tree = {"message_tree_id", "prompt"} <= record.keys()
             hint = " (an OpenAssistant tree? Run scripts/preprocessing.py first)" if is_tree else ""
-            keys = sorted(record)
-            raise RecordError(f"{ref}: 'conversations' must be a non-empty list of turns{hint}: keys seen {keys}")
-        system = record.get("system")
+            seen = f"keys seen {shown(sorted(record))}"
+            raise RecordError(ref, f"'conversations' must be a non-empty list of turns{hint}: {seen}")
+        system, mask, kind = record.get("system"), record.get("mask", USER), record.get("type")
         if not isinstance(system, str):
-            raise RecordError(f"{ref}: 'system' must be a string, found {system!r}")
-        record_type = record.get("type")
-        if record_type is not None and record_type not in RECORD_TYPES:
-            raise RecordError(f"{ref}: 'type' is {record_type!r}; it must be one of {', '.join(RECORD_TYPES)} or null")
-        mask = record.get("mask", USER)
+            raise RecordError(ref, f"'system' must be a string, found {shown(system)}")
+        if kind is not None and kind not in RECORD_TYPES:
+            raise RecordError(ref, f"'type' is {shown(kind)}; it must be one of {', '.join(RECORD_TYPES)} or null")
         if not isinstance(mask, str):
-            raise RecordError(f"{ref}: 'mask' must be a role name, found {mask!r}")
-        turns = tuple(_turn(raw, f"{ref} turn {index}") for index, raw in enumerate(turns_raw))
-        return cls(system, turns, ref, record_type, tuple(role.strip() for role in mask.split(",")))
+            raise RecordError(ref, f"'mask' must be a role name, found {shown(mask)}")
+        turns = tuple(_turn(raw, ref, index) for index, raw in enumerate(turns_raw))
+        return cls(system, turns, ref, kind, mask, _text_or_none(record.get("tree_id")), source=record)
 
-    def require_unicode(self) -> None:
-        """Raise RecordError if a text holds a lone surrogate: neither UTF-8 nor a tokenizer can carry it."""
-        for turn in (Turn("", self.system), *self.turns):
-            line = turn.attributes.line if turn.attributes is not None else ""
-            try:
-                "".join((turn.role, turn.text, line)).encode("utf-8")
-            except UnicodeEncodeError as err:
-                raise RecordError(f"{self.ref}: lone surrogate: a text holds {err.object[err.start]!r}") from err
+    def to_record(self) -> dict[str, Any]:
+        """Inverse of `from_record`: what was read and not changed comes out as it was, in the order it had."""
+        return {**self._record(), "conversations": [_turn_record(turn) for turn in self.turns]}
+
+    def _record(self) -> dict[str, Any]:
+        """The record, its turns still to be put in their place."""
+        values = {"system": self.system, "mask": self.mask, "type": self.type}
+        if self.source is None:
+            ids = {} if self.tree_id is None else {"tree_id": self.tree_id}
+            return {"conversations": [], **ids, **values, **self.further}
+        before = {"mask": USER, **self.source}
+        return {**self.source, **{key: value for key, value in values.items() if value != before.get(key)}}
 
 
-def _turn(raw: Any, where: str) -> Turn:
+@dataclass(frozen=True)
+class Response:
+    """What is said after a context: one turn of the assistant, or several where two transcripts part earlier.
+
+    `score` is a number on a scale of the source's own, None where it has none; attributes are the turns'.
+    """
+
+    turns: tuple[Turn, ...]
+    score: float | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)  # as of a conversation
+
+
+@dataclass(frozen=True)
+class ResponseGroup:
+    """Responses to one context, in the order of their source."""
+
+    context: Conversation
+    responses: tuple[Response, ...]
+
+    def conversations(self) -> tuple[Conversation, ...]:
+        """Each response after the context."""
+        return tuple(
+            replace(
+                self.context,
+                turns=(*self.context.turns, *response.turns),
+                further={**self.context.further, **response.further},
+            )
+            for response in self.responses
+        )
+
+
+@dataclass(frozen=True)
+class Pair(ResponseGroup):
+    """Two responses to one context. `chosen` is the number of the better one, None where neither is.
+
+    margin: how much better it is, on a scale of the source's own; None where it is not known.
+    """
+
+    chosen: Literal[0, 1] | None = None
+    margin: float | None = None
+
+    def conversations(self) -> tuple[Conversation, ...]:
+        """As of a group; `preference` says which is the better one."""
+        if self.chosen is None:
+            return super().conversations()
+        return tuple(
+            replace(
+                conversation,
+                further={"preference": "chosen" if number == self.chosen else "rejected", **conversation.further},
+            )
+            for number, conversation in enumerate(super().conversations())
+        )
+
+
+# As the reference dumps: default separators, non-ASCII literal, key order kept.
+dump_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def to_lines(conversations: Iterable[Conversation]) -> list[str]:
+    """What `dump_json` makes of each record; a turn that several share, as the paths of a tree do, is dumped once.
+
+    Raises:
+        RecordError: JSON cannot carry it: nested too deeply, or an infinite number.
+    """
+    dumped: dict[int, str] = {}
+    lines = []
+    for conversation in conversations:
+        try:
+            if conversation.source is not None:
+                lines.append(dump_json(conversation.to_record()))
+                continue
+            for turn in conversation.turns:
+                if id(turn) not in dumped:
+                    dumped[id(turn)] = dump_json(_turn_record(turn))
+            # A record that was not read begins with its turns.
+            begin, rest = '{"conversations": [', dump_json(conversation._record()).removeprefix('{"conversations": [')
+            lines.append(begin + ", ".join([dumped[id(turn)] for turn in conversation.turns]) + rest)
+        except (RecursionError, ValueError) as err:
+            raise RecordError(conversation.ref, f"cannot be written as JSON: {err}") from err
+    return lines
+
+
+def _turn(raw: Any, ref: RecordRef, index: int) -> Turn:
     if not isinstance(raw, Mapping):
-        raise RecordError(f"{where}: a turn must be an object with 'from' and 'value', found {type(raw).__name__}")
+        problem = f"a turn must be an object with 'from' and 'value', found {type(raw).__name__}"
+        raise RecordError(ref, problem, index)
     for key in ("from", "value"):
         if not isinstance(raw.get(key), str):
-            raise RecordError(f"{where}: {key!r} must be a string, found {raw.get(key)!r}")
-    label = raw.get("label")
-    if label is not None and not isinstance(label, str):
-        raise RecordError(f"{where}: 'label' must be a string such as 'quality:4,toxicity:0' or null, found {label!r}")
-    try:
-        attributes = None if label is None else Attributes.parse(label)
-    except ValueError as err:
-        raise RecordError(f"{where}: {err}") from err
-    return Turn(raw["from"], raw["value"], attributes)
+            raise RecordError(ref, f"{key!r} must be a string, found {shown(raw.get(key))}", index)
+    lines: dict[str, Attributes | None] = {}
+    for key in ("label", "gt_label"):
+        line = raw.get(key)
+        if line is not None and not isinstance(line, str):
+            wanted = "a string such as 'quality:4,toxicity:0' or null"
+            raise RecordError(ref, f"{key!r} must be {wanted}, found {shown(line)}", index)
+        try:
+            lines[key] = None if line is None else Attributes.parse(line)
+        except ValueError as err:
+            raise RecordError(ref, str(err) if key == "label" else f"{key}: {err}", index) from err
+    return Turn(
+        raw["from"],
+        raw["value"],
+        lines["label"],
+        _text_or_none(raw.get("lang")),
+        truth=lines["gt_label"],
+        beliefs=raw.get("label_soft"),
+        source=raw,
+    )
+
+
+def _turn_record(turn: Turn) -> dict[str, Any]:
+    line = None if turn.attributes is None else turn.attributes.line
+    measured = {"label_soft": turn.beliefs, "gt_label": None if turn.truth is None else turn.truth.line}
+    if turn.source is None:
+        record: dict[str, Any] = {"value": turn.text, "from": turn.role}
+        if line is not None or turn.says_null:
+            record["label"] = line
+        if turn.lang is not None:
+            record["lang"] = turn.lang
+    else:
+        record = {**turn.source, "value": turn.text, "from": turn.role}
+        is_new = line is not None and "label" not in record
+        if line != record.get("label"):
+            record["label"] = line
+        if not is_new and all(value == record.get(key) for key, value in measured.items()):
+            return record
+        for key in measured:  # NeMo's annotator writes them last
+            record.pop(key, None)
+    record.update((key, value) for key, value in measured.items() if value is not None)
+    return record
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

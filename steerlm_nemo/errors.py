@@ -6,9 +6,14 @@ A message says what is wrong, where (file:line, record, key) and what to do next
 
 from __future__ import annotations
 
+import reprlib
 import signal
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steerlm_nemo.conversation import RecordRef
 
 EXIT_BAD_INPUT = 2
 EXIT_INCOMPLETE = 3
@@ -26,7 +31,19 @@ class InputError(SteerLMError):
 
 
 class RecordError(SteerLMError):
-    """One record of a data file that cannot be used; the message starts with file:line."""
+    """One record that cannot be used: where it stands, and why it cannot.
+
+    The message starts with the place (`file:3: ...`, `file:3 turn 2: ...`); `reason` is what follows `file:3`.
+    """
+
+    def __init__(self, ref: RecordRef, problem: str, turn: int | None = None) -> None:
+        super().__init__(ref, problem, turn)  # all of them: an exception is pickled by its arguments
+        self.ref = ref
+        self.turn = turn
+        self.reason = problem if turn is None else f"turn {turn}: {problem}"
+
+    def __str__(self) -> str:
+        return f"{self.ref}: {self.reason}" if self.turn is None else f"{self.ref} {self.reason}"
 
 
 class ConfigError(SteerLMError):
@@ -49,6 +66,16 @@ class IncompleteError(SteerLMError):
     """The work ended, but some records are missing; the message counts them and names the reject file."""
 
     exit_code = EXIT_INCOMPLETE
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxdict = 30
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: short, however long or deep it is."""
+    return _SHORT.repr(value)
 
 
 def exit_with_message(main: Callable[[], None], *, tidy: bool = False) -> None:

@@ -27,7 +27,7 @@ def conversation_of(messages: str | Messages, line: Attributes, schema: Attribut
     system, turns = _turns(messages, system, past)
     if not turns or turns[-1].role != USER:
         raise InputError("the last message must be the user's; the model writes the assistant's")
-    return Conversation(system, turns, RecordRef("messages", 1), VALUE_TO_TEXT)
+    return Conversation(system, turns, RecordRef("messages"), VALUE_TO_TEXT)
 
 
 def conversation_to_grade(messages: Messages, schema: AttributeSchema, system: str) -> Conversation:
@@ -36,7 +36,7 @@ def conversation_to_grade(messages: Messages, schema: AttributeSchema, system: s
     Raises InputError.
     """
     system, turns = _turns(messages, system, lambda _, own: None if own is None else schema.order(own))
-    return Conversation(system, turns, RecordRef("messages", 1), TEXT_TO_VALUE)
+    return Conversation(system, turns, RecordRef("messages"), TEXT_TO_VALUE)
 
 
 def _turns(

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from steerlm_nemo.conversation import RecordRef
+from steerlm_nemo.conversation import RecordRef, dump_json
 from steerlm_nemo.errors import InputError, RecordError
 
 
@@ -31,6 +32,12 @@ class RawLine:
     raw: bytes  # without the line end
     record: dict[str, Any] | None
     problem: str | None = None
+
+    def require_record(self) -> dict[str, Any]:
+        """The record. Raises RecordError where there is none."""
+        if self.record is None:
+            raise RecordError(self.ref, str(self.problem))
+        return self.record
 
 
 def require_file(path: str | Path) -> Path:
@@ -74,9 +81,7 @@ def read_raw_lines(path: str | Path) -> Iterator[tuple[RecordRef, bytes]]:
 def read_records(path: str | Path) -> Iterator[tuple[RecordRef, dict[str, Any]]]:
     """As `read_lines`, but the first malformed line raises RecordError."""
     for line in read_lines(path):
-        if line.record is None:
-            raise RecordError(f"{line.ref}: {line.problem}")
-        yield line.ref, line.record
+        yield line.ref, line.require_record()
 
 
 class DamagedZstd(OSError):
@@ -150,11 +155,25 @@ def parse_line(ref: RecordRef, raw: bytes) -> RawLine:
         return RawLine(ref, raw, None, f"not UTF-8: byte {err.start}")
     try:
         record = _DECODER.decode(text)
+        if not isinstance(record, dict):
+            return RawLine(ref, raw, None, f"a JSON object is needed, found {type(record).__name__}")
+        # Only an escape can spell one, and most lines have no such escape.
+        problem = lone_surrogate(record) if _SURROGATE.search(raw) else None
     except (ValueError, RecursionError) as err:
         return RawLine(ref, raw, None, f"not JSON: {err}")
-    if not isinstance(record, dict):
-        return RawLine(ref, raw, None, f"a JSON object is needed, found {type(record).__name__}")
-    return RawLine(ref, raw, record)
+    return RawLine(ref, raw, record if problem is None else None, problem)
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def lone_surrogate(value: Any) -> str | None:
+    """What is wrong with a JSON value that holds half a surrogate pair: neither UTF-8 nor a tokenizer can carry it."""
+    try:
+        dump_json(value).encode("utf-8")
+    except UnicodeEncodeError as err:
+        return f"lone surrogate: a text holds {err.object[err.start]!r}"
+    return None
 
 
 def _refuse_constant(name: str) -> None:
@@ -169,9 +188,9 @@ def dump_record(record: Mapping[str, Any]) -> str:
     """One line as the reference writes it: default separators, non-ASCII literal, key order kept.
 
     Raises:
-        ValueError: a text holds a lone surrogate, which UTF-8 cannot carry.
+        ValueError: a text holds a lone surrogate, or a number is infinite: neither has a place in a JSON file.
     """
-    line = json.dumps(record, ensure_ascii=False)
+    line = dump_json(record)
     line.encode("utf-8")
     return line
 
@@ -255,7 +274,7 @@ class Accounting:
     def rejected(self, ref: RecordRef, reason: str, raw: bytes) -> None:
         """Unusable. Raises RecordError in strict mode."""
         if self.strict:
-            raise RecordError(f"{ref}: {reason}")
+            raise RecordError(ref, reason)
         self.counts["rejected"] += 1
         self.reasons[reason.split(":")[0]] += 1
         if self._file is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -47,6 +47,25 @@ class Rendered:
     token_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
     num_markers_removed: int  # marker texts taken out of the content (D-10)
+
+    @property
+    def first_target(self) -> int | None:
+        """The position of the first target."""
+        return self.loss_mask.index(1) if 1 in self.loss_mask else None
+
+
+def num_seen(seq_len: int) -> int:
+    """How many leading tokens of a conversation training at `seq_len` sees.
+
+    `seq_len` of them go in; targets are shifted by one, so one more is the last target (NeMo's collate).
+    """
+    return seq_len + 1
+
+
+def cut(rendered: Rendered, seq_len: int) -> Rendered:
+    """What training at `seq_len` sees of a conversation. The first token is the header's and never a target."""
+    end = num_seen(seq_len)
+    return replace(rendered, token_ids=rendered.token_ids[:end], loss_mask=rendered.loss_mask[:end])
 
 
 @dataclass(frozen=True)
@@ -148,25 +167,13 @@ class ChatTemplate:
 
     def annotation_prompt(self, conversation: Conversation, turn: int) -> str:
         """Text after which a value model writes the label of `turn`: all that T2V training puts before it."""
-        asked = Conversation(
-            conversation.system,
-            conversation.turns[: turn + 1],
-            conversation.ref,
-            TEXT_TO_VALUE,
-            conversation.mask_roles,
-        )
+        asked = replace(conversation, turns=conversation.turns[: turn + 1], type=TEXT_TO_VALUE)
         before = [s.text for s in self.segments(asked) if s.turn < turn or (s.turn == turn and s.part in _BEFORE_LABEL)]
         return "".join(before) + self.label_start
 
     def steering_prompt(self, conversation: Conversation, role: str, line: str) -> str:
         """Text after which a SteerLM model writes a response of `role` graded `line` (V2T training order)."""
-        asked = Conversation(
-            conversation.system,
-            (*conversation.turns, Turn(role, "")),
-            conversation.ref,
-            VALUE_TO_TEXT,
-            conversation.mask_roles,
-        )
+        asked = replace(conversation, turns=(*conversation.turns, Turn(role, "")), type=VALUE_TO_TEXT)
         last = len(conversation.turns)
         before = "".join(s.text for s in self.segments(asked) if s.turn < last)
         return before + self.turn_start + role + self.end_of_name + self.label_start + line + self.end_of_name

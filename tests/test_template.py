@@ -20,8 +20,8 @@ def turn(role, text, line=None):
     return Turn(role, text, None if line is None else Attributes.parse(line))
 
 
-def conversation(type, *turns, system="SYS.\n\n", mask_roles=("User",)):
-    return Conversation(system, turns, REF, type, mask_roles)
+def conversation(type, *turns, system="SYS.\n\n", mask="User"):
+    return Conversation(system, turns, REF, type, mask)
 
 
 def marked(asked, template=TEMPLATE):
@@ -123,7 +123,7 @@ def test_an_ungraded_response_gives_a_value_model_no_target():
 
 
 def test_several_roles_can_be_masked():
-    asked = conversation(None, *FOUR_TURNS, turn("Tool", "x"), mask_roles=("User", "Tool"))
+    asked = conversation(None, *FOUR_TURNS, turn("Tool", "x"), mask="User, Tool")
     assert marked(asked).endswith("\x11Assistant\n[[Bye\n\x11]]Tool\nx\n")
 
 

@@ -27,11 +27,11 @@ from steerlm_nemo.annotation.grader import Grader
 from steerlm_nemo.annotation.thread import (
     AnnotatedThread,
     AnnotationSettings,
-    labelled,
+    annotated,
     wanted_turns,
     without_lang,
 )
-from steerlm_nemo.attributes import LANG, NEMO12_LANG, Attributes, AttributeSchema
+from steerlm_nemo.attributes import LANG, NEMO12_LANG, AttributeSchema
 from steerlm_nemo.client.journal import Journal
 from steerlm_nemo.client.pool import ServerPool
 from steerlm_nemo.client.server import RequestRefusedError, UnreachableError
@@ -264,9 +264,8 @@ class _Annotator:
             self._accounting.rejected(thread.line.ref, result.problem, thread.line.raw)
             self.num_server_faults += result.server_fault
         else:
-            assert thread.line.record is not None
-            record = labelled(thread.line.record, thread.grades, self._settings, thread.beliefs)
-            self._journal.add(thread.line, record, thread.counts)
+            done = annotated(thread.conversation, thread.grades, self._settings, thread.beliefs)
+            self._journal.add(thread.line, done.to_record(), thread.counts)
         self._num_turns += len(thread.grades)
         elapsed_s = max(time.monotonic() - self._start, 0.001)
         progress.set_postfix_str(f"{self._num_turns / elapsed_s:.1f} turns/s", refresh=False)
@@ -284,7 +283,7 @@ class _Annotator:
                 try:
                     threads.append(AnnotatedThread(line, self._served, self._settings))
                 except RecordError as err:
-                    self._accounting.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
+                    self._accounting.rejected(line.ref, err.reason, line.raw)
                     progress.update()
             for thread in sorted(threads, key=lambda thread: thread.texts):
                 group.append(thread)
@@ -352,17 +351,15 @@ def _write(
                 summary.num_records += 1
                 summary.counts += counts
                 if not settings.only_missing:
-                    _compare(Conversation.from_record(record, line.ref), record, settings, summary.comparison)
+                    _compare(Conversation.from_record(record, line.ref), settings, summary.comparison)
     return summary
 
 
-def _compare(
-    conversation: Conversation, record: dict[str, Any], settings: AnnotationSettings, comparison: Comparison
-) -> None:
+def _compare(conversation: Conversation, settings: AnnotationSettings, comparison: Comparison) -> None:
     for index in wanted_turns(conversation, settings):
-        predicted, truth = conversation.turns[index].attributes, record["conversations"][index].get("gt_label")
-        if predicted is not None and truth is not None:
-            comparison.add(Attributes.parse(truth), predicted)
+        turn = conversation.turns[index]
+        if turn.attributes is not None and turn.truth is not None:
+            comparison.add(turn.truth, turn.attributes)
 
 
 def _write_comparison(output: Path, comparison: Comparison) -> None:

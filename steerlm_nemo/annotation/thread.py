@@ -6,17 +6,26 @@ The annotator asks a server over HTTP, and the server's own POST /v1/annotate as
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from steerlm_nemo.attributes import LANG, Attributes
-from steerlm_nemo.conversation import RECORD_TYPES, TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, Turn
+from steerlm_nemo.conversation import (
+    RECORD_TYPES,
+    TEXT_TO_VALUE,
+    VALUE_TO_TEXT,
+    Conversation,
+    RecordType,
+    Turn,
+    to_lines,
+)
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.model_kind import SteerLMFormat
-from steerlm_nemo.records import RawLine, dump_record
+from steerlm_nemo.records import RawLine
 from steerlm_nemo.template import ChatTemplate
 
-KEEP = "keep"
+KEEP: Literal["keep"] = "keep"
 Beliefs = dict[str, dict[str, Any]]  # per key, as POST /v1/attribute_lines answers
 
 
@@ -39,7 +48,7 @@ class AnnotationSettings:
 
     turns: str = "assistant"
     mode: str = "line"
-    output_type: str = KEEP
+    output_type: Literal["keep"] | RecordType = KEEP
     process_lang: bool = True
     only_missing: bool = False
     soft: bool = False
@@ -64,11 +73,11 @@ class AnnotatedThread:
     def __init__(self, line: RawLine, served: SteerLMFormat, settings: AnnotationSettings) -> None:
         """Raises RecordError for whatever would stop the record from being written later."""
         self.line = line
-        conversation = _conversation(line)
+        self.conversation = conversation = Conversation.from_record(line.require_record(), line.ref)
+        to_lines([conversation])
         self._template = served.template
         self.texts = _texts(served.template, conversation)
         self.wanted = wanted_turns(conversation, settings)
-        self._labels = [turn.attributes for turn in conversation.turns]
         self.given: dict[int, dict[str, int | str]] = {index: {} for index in self.wanted}
         keys = [key for key in served.schema.keys() if settings.process_lang or key != LANG]  # noqa: SIM118
         self.grades: dict[int, Attributes] = {}
@@ -76,13 +85,13 @@ class AnnotatedThread:
         self.counts: Counter[str] = Counter()
         if settings.only_missing:
             for index in self.wanted:
-                known = _human(line.record or {}, index).as_dict()
+                known = _human(conversation.turns[index])
                 self.counts["unknown"] += len(set(known) - set(served.schema.keys()))
                 self.given[index] = {key: known[key] for key in keys if key in known}
                 try:
                     served.schema.order(self.given[index])
                 except InputError as err:
-                    raise RecordError(f"{line.ref} turn {index}: the human label cannot be kept: {err}") from err
+                    raise RecordError(line.ref, f"the human label cannot be kept: {err}", index) from err
         header = self.texts[0]
         # The reference's annotator has one line end less here than its training has (D-08).
         self._text = header.removesuffix(served.template.end_of_turn) if settings.compat else header
@@ -97,9 +106,9 @@ class AnnotatedThread:
         """What T2V training puts before this turn's label (`ChatTemplate.annotation_prompt`); asked in turn order."""
         while self._next < index:
             self._text += self.texts[self._next + 1]
-            label = self.grades.get(self._next, self._labels[self._next])
-            if label is not None:
-                self._text += self._template.label_start + label.line + self._template.end_of_name
+            attributes = self.grades.get(self._next, self.conversation.turns[self._next].attributes)
+            if attributes is not None:
+                self._text += self._template.label_start + attributes.line + self._template.end_of_name
             self._next += 1
         return self._text + self.texts[index + 1] + self._template.label_start
 
@@ -119,63 +128,47 @@ def wanted_turns(conversation: Conversation, settings: AnnotationSettings) -> li
     return [i for i, turn in enumerate(conversation.turns) if every or turn.role not in conversation.mask_roles]
 
 
-def _human(record: dict[str, Any], index: int) -> Attributes:
-    """What people said of a turn: its ground truth, or its label where none was set apart."""
-    turn = record["conversations"][index]
-    truth = turn.get("gt_label")
-    return Attributes.parse((turn.get("label") if truth is None else truth) or "")
+def _human(turn: Turn) -> dict[str, int | str]:
+    """What people said of a turn: its ground truth, or its attributes where none was set apart."""
+    said = turn.attributes if turn.truth is None else turn.truth
+    return {} if said is None else said.as_dict()
 
 
-def _conversation(line: RawLine) -> Conversation:
-    """The line's conversation. Raises RecordError for whatever would stop the record from being written later."""
-    if line.record is None:
-        raise RecordError(f"{line.ref}: {line.problem}")
-    try:
-        dump_record(line.record)
-    except ValueError as err:
-        raise RecordError(f"{line.ref}: a text holds a lone surrogate, which UTF-8 cannot carry") from err
-    conversation = Conversation.from_record(line.record, line.ref)
-    for index, turn in enumerate(line.record["conversations"]):
-        try:
-            Attributes.parse(turn.get("gt_label") or "")
-        except (ValueError, AttributeError) as err:
-            raise RecordError(f"{line.ref} turn {index}: 'gt_label' is not an attribute line: {err}") from err
-    return conversation
-
-
-def labelled(
-    record: dict[str, Any],
-    grades: dict[int, Attributes],
+def annotated(
+    conversation: Conversation,
+    found: Mapping[int, Attributes],
     settings: AnnotationSettings,
-    beliefs: dict[int, Beliefs] | None = None,
-) -> dict[str, Any]:
-    """The record with new labels; a label that was there moves to `gt_label`, last in its turn as NeMo writes it.
+    beliefs: Mapping[int, Beliefs],
+) -> Conversation:
+    """The conversation with the attributes found for its turns; those that were there become the turn's truth.
 
-    A `gt_label` that is there already is kept: it is the ground truth, and the label was a model's. `beliefs` become
-    `label_soft`: per attribute the model chose, expected value (null for lang), confidence and probabilities.
+    A truth that is there already stays: it is people's, and the attributes were a model's. Beliefs are kept of every
+    attribute the model chose: expected value (null for lang), confidence and probabilities.
     """
-    turns = []
-    for index, raw in enumerate(record["conversations"]):
-        turn = dict(raw)
-        old = turn.get("label")
-        ungrade = index not in grades and settings.output_type == VALUE_TO_TEXT
-        if index in grades or (ungrade and old is not None):
-            # The key keeps its place if it was there.
-            turn["label"] = grades[index].line if index in grades else None
-            turn.pop("label_soft", None)  # of another model
-            truth = turn.pop("gt_label", None)
-            if beliefs and index in beliefs:
-                turn["label_soft"] = {key: _soft(belief) for key, belief in beliefs[index].items()}
-            truth = old if truth is None else truth
-            if truth is None and index in grades and settings.only_missing:
-                truth = ""  # nobody said anything: or the next run would take the model's label for a person's
-            if truth is not None:
-                turn["gt_label"] = truth
-        turns.append(turn)
-    changed = {**record, "conversations": turns}
-    if settings.output_type != KEEP:
-        changed["type"] = settings.output_type
-    return changed
+    turns = [
+        _annotated(turn, found[index], settings, beliefs.get(index))
+        if index in found
+        else _set_apart(turn)
+        if settings.output_type == VALUE_TO_TEXT and turn.attributes is not None
+        else turn
+        for index, turn in enumerate(conversation.turns)
+    ]
+    kind = conversation.type if settings.output_type == KEEP else settings.output_type
+    return replace(conversation, turns=tuple(turns), type=kind)
+
+
+def _annotated(turn: Turn, attributes: Attributes, settings: AnnotationSettings, beliefs: Beliefs | None) -> Turn:
+    apart = _set_apart(turn)
+    truth = apart.truth
+    if truth is None and settings.only_missing:
+        truth = Attributes(())  # nobody said anything: or the next run would take the model's attributes for a person's
+    soft = {key: _soft(belief) for key, belief in beliefs.items()} if beliefs is not None else None
+    return replace(apart, attributes=attributes, truth=truth, beliefs=soft)
+
+
+def _set_apart(turn: Turn) -> Turn:
+    """The turn without attributes; beliefs are of another model."""
+    return replace(turn, attributes=None, truth=turn.attributes if turn.truth is None else turn.truth, beliefs=None)
 
 
 def _soft(belief: dict[str, Any]) -> dict[str, Any]:

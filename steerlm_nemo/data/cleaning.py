@@ -10,69 +10,27 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import yaml
-
-from steerlm_nemo.checkpoint.archive import read_config
-from steerlm_nemo.conversation import Conversation, RecordRef
-from steerlm_nemo.errors import ConfigError, IncompleteError, InputError, RecordError
-from steerlm_nemo.model_kind import SteerLMFormat
+from steerlm_nemo.conversation import Conversation, RecordRef, to_lines
+from steerlm_nemo.errors import IncompleteError, InputError, RecordError
 from steerlm_nemo.records import (
     Accounting,
     RawLine,
     atomic_output,
-    dump_record,
     parse_line,
     read_raw_lines,
-    require_file,
     require_other_file,
 )
-from steerlm_nemo.template import ChatTemplate, Rendered, Tokenizer
+from steerlm_nemo.template import ChatTemplate, Rendered, Tokenizer, cut, num_seen
 from steerlm_nemo.workers import in_order
 
 # Why a readable record is left out. The first two are exceptions in the reference, the third is its `removed`.
 NO_MASK_ROLE = "no turn is by the mask role"
 NO_TARGET = "no target: every token is masked"
 TARGET_BEYOND = "no target within seq_len"
-
-
-def template_from(path: str | Path) -> ChatTemplate:
-    """The template a model was or will be trained with.
-
-    Args:
-        path: a `.nemo` file or folder, or a `model_config.yaml` or training YAML; read are its `steerlm` key and
-            `[model.]data.chat_prompt_tokens`.
-
-    Raises:
-        InputError: no such file, or not YAML.
-        CheckpointError: not a `.nemo`, or an unsafe one.
-        ConfigError, FormatMismatchError: the configuration names no markers, or unusable ones.
-    """
-    path = Path(path)
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            config = yaml.safe_load(require_file(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as err:
-            raise InputError(f"{path}: not plain YAML: {err}") from err
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: a configuration with keys is needed, found {type(config).__name__}")
-    else:
-        config = read_config(path)
-    if config.get(SteerLMFormat.CONFIG_KEY):
-        return SteerLMFormat.from_dict(config[SteerLMFormat.CONFIG_KEY]).template
-    model = config.get("model", config)
-    data = model.get("data") if isinstance(model, dict) else None
-    tokens = data.get("chat_prompt_tokens") if isinstance(data, dict) else None
-    if not isinstance(tokens, dict):
-        raise ConfigError(f"{path}: names no markers (data.chat_prompt_tokens); give them as flags: --turn_start ...")
-    return ChatTemplate.from_config(tokens, warn=_warn)
-
-
-def _warn(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -93,9 +51,8 @@ class Cleaner:
         except Dropped as dropped:
             return Outcome(None, str(dropped), findings)
         except RecordError as err:
-            reason = str(err).removeprefix(f"{line.ref}: ").removeprefix(f"{line.ref} ")
-            problem = "not a conversation: " if line.problem is None else ""
-            return Outcome(None, problem + reason, findings, *raw_line)
+            kind = "not a conversation: " if line.problem is None else ""
+            return Outcome(None, kind + err.reason, findings, *raw_line)
 
     def clean(self, line: RawLine, findings: Findings) -> str:
         """The line to write.
@@ -104,54 +61,46 @@ class Cleaner:
             Dropped: training could not learn from it; the message is the reason.
             RecordError: it is not a conversation.
         """
-        if line.record is None:
-            raise RecordError(f"{line.ref}: {line.problem}")
-        record = line.record
-        conversation = Conversation.from_record(record, line.ref)
-        try:
-            text = dump_record(record)
-            rendered = self.template.render(conversation, self.tokenizer)
-        except UnicodeEncodeError as err:
-            raise RecordError(f"{line.ref}: lone surrogate: a text holds {err.object[err.start]!r}") from err
+        conversation = Conversation.from_record(line.require_record(), line.ref)
+        rendered = self.template.render(conversation, self.tokenizer)
         speakers = {turn.role for turn in conversation.turns}
         if not speakers.issuperset(conversation.mask_roles):
             raise Dropped(NO_MASK_ROLE)
-        if not any(rendered.loss_mask):
+        if rendered.first_target is None:
             raise Dropped(NO_TARGET)
-        if not self._has_target(rendered.loss_mask):
+        if not self._has_target(rendered):
             raise Dropped(TARGET_BEYOND)
         num_turns = len(conversation.turns)
-        if len(rendered.token_ids) > self.seq_len + 1:
+        if len(rendered.token_ids) > num_seen(self.seq_len):
             num_whole = self._num_whole_turns(conversation)
             findings.counts["records longer than seq_len"] += 1
             findings.counts["turns not whole within seq_len"] += num_turns - num_whole
             if self.trim_turns:
-                trimmed, rendered = self._trim(conversation, num_whole)
-                text = dump_record({**record, "conversations": record["conversations"][: len(trimmed.turns)]})
-                findings.counts["turns trimmed"] += num_turns - len(trimmed.turns)
+                conversation, rendered = self._trim(conversation, num_whole)
+                findings.counts["turns trimmed"] += num_turns - len(conversation.turns)
+        (text,) = to_lines([conversation])
         if rendered.num_markers_removed:
             findings.counts["records with marker texts in their content"] += 1
             findings.counts["marker texts that training will leave out"] += rendered.num_markers_removed
         findings.num_tokens += len(rendered.token_ids)
         return text
 
-    def _has_target(self, loss_mask: Sequence[int]) -> bool:
-        # Labels are shifted by one: training scores mask[1 : seq_len + 1], and mask[0] belongs to the header.
-        return any(loss_mask[: self.seq_len + 1])
+    def _has_target(self, rendered: Rendered) -> bool:
+        return cut(rendered, self.seq_len).first_target is not None
 
     def _num_whole_turns(self, conversation: Conversation) -> int:
-        """The most leading turns whose rendering is not cut: seq_len tokens in, and one more as the last target."""
+        """The most leading turns whose rendering is not cut."""
 
         def num_tokens(num_turns: int) -> int:
             return len(self._first(conversation, num_turns)[1].token_ids)
 
-        return bisect_right(range(1, len(conversation.turns) + 1), self.seq_len + 1, key=num_tokens)
+        return bisect_right(range(1, len(conversation.turns) + 1), num_seen(self.seq_len), key=num_tokens)
 
     def _trim(self, conversation: Conversation, num_whole: int) -> tuple[Conversation, Rendered]:
         """The whole turns; and, where they hold no target, the turns up to the first target within seq_len."""
         for num_turns in range(max(num_whole, 1), len(conversation.turns)):
             trimmed, rendered = self._first(conversation, num_turns)
-            if self._has_target(rendered.loss_mask):
+            if self._has_target(rendered):
                 return trimmed, rendered
         return conversation, self.template.render(conversation, self.tokenizer)
 

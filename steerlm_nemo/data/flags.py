@@ -33,7 +33,7 @@ def add_template_flags(add: Callable[..., None]) -> None:
 
 def choose_template(args: argparse.Namespace) -> ChatTemplate:
     """From --template_from, or from single flags, or what --compat or our own training configs have."""
-    from steerlm_nemo.data.cleaning import template_from
+    from steerlm_nemo.checkpoint.template import template_from
 
     flags = {marker: getattr(args, marker) for marker in MARKERS if getattr(args, marker) is not None}
     if bool(flags) + bool(args.template_from) + bool(args.compat) > 1:

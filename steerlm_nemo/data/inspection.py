@@ -1,7 +1,7 @@
-"""What is in a file of conversations: lengths, grades, languages, duplicates, and what files share.
+"""What is in a file of conversations: lengths, attributes, languages, duplicates, and what files share.
 
 One pass. Memory grows with the number of conversations (some 300 bytes each, to find duplicates), not with their texts.
-What is counted is what training would see: a message that several threads of a tree share counts in each.
+What is counted is what training would see: a message that several paths of a tree share counts in each.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from pathlib import Path
 from steerlm_nemo.attributes import LANG, Attributes
 from steerlm_nemo.conversation import Conversation
 from steerlm_nemo.correlation import pearson
-from steerlm_nemo.data.preprocessing import Options, Thread, threads
+from steerlm_nemo.data.options import Options
+from steerlm_nemo.data.preprocessing import conversations_of
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.records import Accounting, read_records
-from steerlm_nemo.template import ChatTemplate, Tokenizer
+from steerlm_nemo.template import ChatTemplate, Tokenizer, num_seen
 
 NO_LANGUAGE = "not given"
 MOST_EXAMPLES = 5
-_MOST_LINES = 10_000  # different grades of a turn held before they are added up
+_MOST_LINES = 10_000  # different attribute lines held before they are added up
 
 
-class Grades:
-    """How often each grade was given, and how attributes go together. Memory does not grow with the turns."""
+class AttributeCounts:
+    """How often each value of each attribute was given, and how attributes go together. Memory does not grow with the
+    turns."""
 
     def __init__(self) -> None:
         self._lines: Counter[Attributes] = Counter()
@@ -42,20 +44,20 @@ class Grades:
 
     def _add_up(self) -> None:
         for attributes, times in self._lines.items():
-            grades = [(name, value) for name, value in attributes.items if isinstance(value, int)]
-            for name, value in grades:
+            values = [(name, value) for name, value in attributes.items if isinstance(value, int)]
+            for name, value in values:
                 self._counts.setdefault(name, Counter())[value] += times
-            for (one, x), (other, y) in combinations(sorted(grades), 2):
+            for (one, x), (other, y) in combinations(sorted(values), 2):
                 self._pairs.setdefault((one, other), Counter())[x, y] += times
         self._lines.clear()
 
     def counts(self) -> Mapping[str, Counter[int]]:
-        """Attribute -> grade -> turns."""
+        """Attribute -> value -> turns."""
         self._add_up()
         return self._counts
 
     def correlation(self, one: str, other: str) -> float | None:
-        """Pearson's r over the turns graded on both; None where one of them never varies."""
+        """Pearson's r over the turns that have both; None where one of them never varies."""
         self._add_up()
         if one == other:
             counts = self._counts[one]
@@ -78,7 +80,7 @@ class Inspection:
     graded_turns_of: Counter[str] = field(default_factory=Counter)  # by speaker
     languages: Counter[str] = field(default_factory=Counter)  # turns
     types: Counter[str] = field(default_factory=Counter)
-    grades: Grades = field(default_factory=Grades)  # of the speakers that are not masked
+    attributes: AttributeCounts = field(default_factory=AttributeCounts)  # of the speakers that are not masked
     num_responses: int = 0  # their turns
     num_graded_responses: int = 0
     rejects: list[tuple[str, str]] = field(default_factory=list)  # place and reason
@@ -88,30 +90,29 @@ class Inspection:
     num_duplicates: int = 0
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # examples: line, line of the first one
 
-    def add(self, thread: Thread) -> None:
-        conversation = thread.conversation
+    def add(self, conversation: Conversation) -> None:
         self.turns[len(conversation.turns)] += 1
         self.types[str(conversation.type)] += 1
-        for turn, lang in zip(conversation.turns, thread.langs, strict=True):
+        for turn in conversation.turns:
             self.turns_of[turn.role] += 1
             self.characters[turn.role] += len(turn.text)
             is_response = turn.role not in conversation.mask_roles
             self.num_responses += is_response
-            grades = turn.attributes.as_dict() if turn.attributes is not None else {}
-            self.languages[lang or str(grades.pop(LANG, NO_LANGUAGE))] += 1
-            grades.pop(LANG, None)
-            if grades:
+            values = turn.attributes.as_dict() if turn.attributes is not None else {}
+            self.languages[turn.lang or str(values.get(LANG, NO_LANGUAGE))] += 1
+            values.pop(LANG, None)
+            if values:
                 self.graded_turns_of[turn.role] += 1
                 if is_response:
                     self.num_graded_responses += 1
-                    self.grades.add(Attributes(tuple(grades.items())))
+                    self.attributes.add(Attributes(tuple(values.items())))
         self._find_duplicate(conversation)
 
     def add_tokens(self, conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         """Count what training would see, by the function that training uses."""
         rendered = template.render(conversation, tokenizer)
         self.tokens[len(rendered.token_ids)] += 1
-        self.first_targets[rendered.loss_mask.index(1) if 1 in rendered.loss_mask else None] += 1
+        self.first_targets[rendered.first_target] += 1
         self.num_with_markers += rendered.num_markers_removed > 0
 
     def _find_duplicate(self, conversation: Conversation) -> None:
@@ -130,12 +131,13 @@ class Inspection:
 
     def longer_than(self, seq_len: int) -> Truncation:
         """What training at `seq_len` loses."""
-        longer = [(length, times) for length, times in self.tokens.items() if length > seq_len + 1]
+        seen = num_seen(seq_len)
+        longer = [(length, times) for length, times in self.tokens.items() if length > seen]
         return Truncation(
             seq_len,
             sum(times for _, times in longer),
-            sum((length - seq_len - 1) * times for length, times in longer),
-            sum(times for first, times in self.first_targets.items() if first is None or first > seq_len),
+            sum((length - seen) * times for length, times in longer),
+            sum(times for first, times in self.first_targets.items() if first is None or first >= seen),
         )
 
 
@@ -178,11 +180,11 @@ def inspect_file(
 
     records = Accounting(scratch_dir / "rejects.jsonl")
     found = Inspection(name, records)
-    every = threads(name, options, records, format_name, scratch_dir)
-    for thread in tqdm(every, desc=f"Reading {Path(name).name}", unit=" conversations", file=sys.stderr):
-        found.add(thread)
+    every = conversations_of(name, options, records, format_name, scratch_dir)
+    for conversation in tqdm(every, desc=f"Reading {Path(name).name}", unit=" conversations", file=sys.stderr):
+        found.add(conversation)
         if tokenizer is not None:
-            found.add_tokens(thread.conversation, template, tokenizer)
+            found.add_tokens(conversation, template, tokenizer)
     if records.counts["rejected"]:
         found.rejects = [(one["where"], one["reason"]) for _, one in read_records(records.rejects_path)]
     if not found.num_conversations:
@@ -218,5 +220,5 @@ def _digest(texts: Iterable[str]) -> bytes:
     """Of texts that are the same but for case and blanks."""
     digest = hashlib.blake2b(digest_size=12)
     for text in texts:
-        digest.update(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(" ".join(text.casefold().split()).encode("utf-8") + b"\0")
     return digest.digest()

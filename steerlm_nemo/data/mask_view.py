@@ -18,9 +18,9 @@ from pathlib import Path
 
 from steerlm_nemo.conversation import Conversation, RecordRef
 from steerlm_nemo.data.cleaning import Cleaner
-from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.errors import InputError
 from steerlm_nemo.records import parse_line, read_raw_lines
-from steerlm_nemo.template import ChatTemplate, Segment
+from steerlm_nemo.template import ChatTemplate, Segment, num_seen
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 GIVEN, TARGET, CUT = "given", "target", "cut"
@@ -104,11 +104,7 @@ def _view(
     tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer,
     seq_len: int,
 ) -> MaskView:
-    line = parse_line(ref, raw)
-    if line.record is None:
-        raise RecordError(f"{ref}: {line.problem}")
-    conversation = Conversation.from_record(line.record, ref)
-    conversation.require_unicode()
+    conversation = Conversation.from_record(parse_line(ref, raw).require_record(), ref)
     outcome = Cleaner(template, tokenizer, seq_len).outcome((ref, raw))
     segments = []
     position = 0
@@ -116,8 +112,7 @@ def _view(
         ends = [*tokenizer.ends(segment.text, is_start=position == 0)[: len(ids) - 1], len(segment.text)]
         start, tokens = 0, []
         for token_id, end in zip(ids, ends, strict=True) if ids else ():
-            # seq_len tokens go in, and the one after them is the last target (NeMo's collate shifts by one).
-            kind = CUT if position > seq_len else TARGET if segment.in_loss else GIVEN
+            kind = CUT if position >= num_seen(seq_len) else TARGET if segment.in_loss else GIVEN
             tokens.append(Token(token_id, tokenizer.id_to_piece(token_id), segment.text[start:end], kind))
             start = end
             position += 1

@@ -1,7 +1,7 @@
 r"""Graded conversations -> what NeMo-Aligner's regression reward model is trained on.
 
-One line per graded turn: the conversation up to and including it in NeMo-Aligner's template, and its grades as a
-vector. -100 stands for an attribute that was not graded; the loss leaves it out::
+One line per graded turn: the conversation up to and including it in NeMo-Aligner's template, and its attributes as a
+vector. -100 stands for one that it does not have; the loss leaves it out::
 
     {"text": "<extra_id_0>System\nA chat ...\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nHello.\n<extra_id_2>",
      "label": [4.0, 0.0, 2.0, 2.0, -100.0, -100.0, -100.0, -100.0, -100.0]}
@@ -56,7 +56,7 @@ def process_to_regression_format(
 ) -> Counter[str]:
     """Write one line per graded turn. Returns the keys that had no place in the vector, with their number of turns.
 
-    `records` counts each record read: written (one turn or more), filtered (no turn has a grade of the vector),
+    `records` counts each record read: written (one turn or more), filtered (no turn has an attribute of the vector),
     rejected (it cannot be read, or a label is malformed).
 
     Raises:
@@ -69,21 +69,15 @@ def process_to_regression_format(
     with records, atomic_output(output_file) as output:
         for line in read_lines(input_file):
             try:
-                if line.record is None:
-                    raise RecordError(f"{line.ref}: {line.problem}")
-                samples = _samples(line.record.get("conversations"), line.ref, others)
-                texts = [dump_record({"text": text, "label": vector}) for text, vector in samples]
+                samples = _samples(line.require_record().get("conversations"), line.ref, others)
             except RecordError as err:
-                records.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
+                records.rejected(line.ref, err.reason, line.raw)
                 continue
-            except UnicodeEncodeError as err:
-                records.rejected(line.ref, f"lone surrogate: a text holds {err.object[err.start]!r}", line.raw)
+            if not samples:
+                records.filtered("no turn has an attribute of the vector")
                 continue
-            if not texts:
-                records.filtered("no turn has a grade of the vector")
-                continue
-            output.writelines(text + "\n" for text in texts)
-            for _, vector in samples:
+            for text, vector in samples:
+                output.write(dump_record({"text": text, "label": vector}) + "\n")
                 statistics.add({n: value for n, value in zip(VECTOR, vector, strict=True) if value != MISSING})
             records.written()
         if not records.counts["written"]:
@@ -92,21 +86,21 @@ def process_to_regression_format(
 
 
 def _samples(turns: object, ref: RecordRef, others: Counter[str]) -> Sequence[tuple[str, list[float]]]:
-    """(text, vector) of every turn with a grade of the vector. Raises RecordError for an invalid sample."""
+    """(text, vector) of every turn with an attribute of the vector. Raises RecordError for an invalid sample."""
     if not isinstance(turns, list):
-        raise RecordError(f"{ref}: wrong type: 'conversations' must be a list of turns")
+        raise RecordError(ref, "wrong type: 'conversations' must be a list of turns")
     text, samples = _HEADER, []
     for number, turn in enumerate(turns):
         role, value, label = (turn.get(key) for key in ("from", "value", "label")) if isinstance(turn, dict) else "???"
         if role not in (USER, ASSISTANT) or not isinstance(value, str) or not isinstance(label, str | None):
-            raise RecordError(f"{ref}: wrong type: turn {number} must have 'from' ({USER} or {ASSISTANT}) and 'value'")
+            raise RecordError(ref, f"wrong type: turn {number} must have 'from' ({USER} or {ASSISTANT}) and 'value'")
         text += f"<extra_id_1>{role}\n{value}\n"
         if not label:
             continue
         try:
             vector, without_place = vector_of(label)
         except ValueError as err:
-            raise RecordError(f"{ref}: invalid sample: turn {number}: {err}") from err
+            raise RecordError(ref, f"invalid sample: turn {number}: {err}") from err
         others.update(without_place)
         if any(value != MISSING for value in vector):
             samples.append((text + _LABEL_PREFIX, vector))
@@ -114,6 +108,6 @@ def _samples(turns: object, ref: RecordRef, others: Counter[str]) -> Sequence[tu
 
 
 def note_on(others: Counter[str]) -> str:
-    """What to say about keys without a place in the vector; `lang` is no grade and goes without saying."""
+    """What to say about keys without a place in the vector; `lang` is none and goes without saying."""
     lost = {key: count for key, count in others.items() if key != LANG}
     return "; ".join(f"{key}: {count}" for key, count in sorted(lost.items()))

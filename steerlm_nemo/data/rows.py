@@ -59,6 +59,9 @@ class Lines:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def __iter__(self) -> Iterator[RawLine]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> RawLine:
         return parse_line(self.ref(index), self.raw(index))
 

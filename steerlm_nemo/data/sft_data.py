@@ -10,13 +10,13 @@ trainer. There the attribute line is the last line of the user message that the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.attributes import LANG
-from steerlm_nemo.conversation import ASSISTANT, USER, VALUE_TO_TEXT, Conversation, Turn
+from steerlm_nemo.conversation import ASSISTANT, USER, VALUE_TO_TEXT, Conversation, Turn, to_lines
 from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
@@ -31,8 +31,8 @@ def build_sft_data(
 ) -> None:
     """Write the VALUE_TO_TEXT records and, where asked for, the same conversations as `messages`.
 
-    `records` counts each record read: written, filtered (a response that nobody graded would teach the model to answer
-    without attributes), rejected (it cannot be read).
+    `records` counts each record read: written, filtered (a response without attributes would teach the model to respond
+    without them), rejected (it cannot be read).
 
     Raises:
         InputError: an unusable file, or no record to write.
@@ -48,42 +48,39 @@ def build_sft_data(
         plain = stack.enter_context(atomic_output(messages_file)) if messages_file else None
         for line in read_lines(input_file):
             try:
-                if line.record is None:
-                    raise RecordError(f"{line.ref}: {line.problem}")
-                conversation = Conversation.from_record(line.record, line.ref)
+                conversation = Conversation.from_record(line.require_record(), line.ref)
                 responses = [turn for turn in conversation.turns if turn.role not in conversation.mask_roles]
-                if not responses or not all(map(_is_graded, responses)):
+                values = [_values_of(turn) for turn in responses]
+                if not all(values) or not values:
                     records.filtered("a response without attributes" if responses else "no response")
                     continue
-                sft = dump_record(_value_to_text(line.record, conversation))
+                (sft,) = to_lines([_value_to_text(conversation)])
                 as_messages = dump_record(_messages(conversation)) if plain else ""
             except RecordError as err:
-                records.rejected(line.ref, str(err).removeprefix(f"{line.ref}: "), line.raw)
-                continue
-            except UnicodeEncodeError as err:
-                records.rejected(line.ref, f"lone surrogate: a text holds {err.object[err.start]!r}", line.raw)
+                records.rejected(line.ref, err.reason, line.raw)
                 continue
             out.write(sft + "\n")
             if plain:
                 plain.write(as_messages + "\n")
-            for turn in responses:
-                assert turn.attributes is not None
-                statistics.add({key: int(value) for key, value in turn.attributes.items if key != LANG})
+            for one in values:
+                statistics.add(one)
             records.written()
         if not records.counts["written"]:
             raise InputError(f"{input_file}: no record to write. Records: {records.summary()}")
 
 
-def _is_graded(turn: Turn) -> bool:
-    return turn.attributes is not None and any(key != LANG for key, _ in turn.attributes.items)
+def _values_of(turn: Turn) -> dict[str, float]:
+    """A turn's attributes without its language; empty where it has none."""
+    items = turn.attributes.items if turn.attributes is not None else ()
+    return {key: int(value) for key, value in items if key != LANG}
 
 
-def _value_to_text(record: Mapping[str, Any], conversation: Conversation) -> dict[str, Any]:
-    """The record with its type set and without labels on the turns that are not learnt; all else as it was."""
-    turns = [
-        {**turn, "label": None} if turn["from"] in conversation.mask_roles else turn for turn in record["conversations"]
-    ]
-    return {**record, "conversations": turns, "type": VALUE_TO_TEXT}
+def _value_to_text(conversation: Conversation) -> Conversation:
+    """With its type set and without attributes on the turns that are not learnt; all else as it was."""
+    turns = tuple(
+        replace(turn, attributes=None) if turn.role in conversation.mask_roles else turn for turn in conversation.turns
+    )
+    return replace(conversation, turns=turns, type=VALUE_TO_TEXT)
 
 
 def _messages(conversation: Conversation) -> dict[str, Any]:
@@ -91,11 +88,11 @@ def _messages(conversation: Conversation) -> dict[str, Any]:
     messages = [{"role": "system", "content": conversation.system.rstrip("\n")}]
     for number, turn in enumerate(conversation.turns):
         if turn.role not in (USER, ASSISTANT):
-            raise RecordError(f"{conversation.ref}: unknown role: turn {number} is from {turn.role!r}")
+            raise RecordError(conversation.ref, f"unknown role: turn {number} is from {turn.role!r}")
         if turn.role == ASSISTANT:
             if messages[-1]["role"] != "user":
-                raise RecordError(f"{conversation.ref}: no question: turn {number} answers no message of the user")
-            assert turn.attributes is not None
-            messages[-1]["content"] += f"\n{turn.attributes.line}"
+                raise RecordError(conversation.ref, f"no question: turn {number} answers no message of the user")
+            if turn.attributes is not None:
+                messages[-1]["content"] += f"\n{turn.attributes.line}"
         messages.append({"role": turn.role.lower(), "content": turn.text})
     return {"messages": messages}

@@ -123,13 +123,12 @@ def evaluate(annotated_file: str | Path, schema: AttributeSchema) -> dict[str, G
     """
     comparison = Comparison(schema)
     for ref, record in read_records(annotated_file):
-        turns = Conversation.from_record(record, ref).turns
-        for index, (turn, raw) in enumerate(zip(turns, record["conversations"], strict=True)):
+        for index, turn in enumerate(Conversation.from_record(record, ref).turns):
             try:
-                human = schema.known(Attributes.parse(raw.get("gt_label") or ""))
+                human = schema.known(turn.truth or Attributes(()))
                 comparison.add(human, schema.known(turn.attributes or Attributes(())))
-            except (AttributeError, TypeError, ValueError, InputError) as err:
-                raise RecordError(f"{ref} turn {index}: {err}") from err
+            except InputError as err:
+                raise RecordError(ref, str(err), index) from err
     gradings = comparison.gradings()
     if not gradings:
         raise InputError(

@@ -25,7 +25,7 @@ import numpy as np
 from steerlm_nemo.attributes import Attribute, Attributes, AttributeSchema
 from steerlm_nemo.conversation import ASSISTANT, TEXT_TO_VALUE, USER, Conversation, RecordRef
 from steerlm_nemo.correlation import spearman
-from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.errors import InputError, RecordError, shown
 from steerlm_nemo.evaluation.intervals import bootstrap_interval
 from steerlm_nemo.records import read_records
 
@@ -182,12 +182,13 @@ def _require_answer(record: dict[str, Any], ref: RecordRef) -> dict[str, Any]:
     for key, kind in _FIELDS.items():
         if type(record.get(key)) is not kind:
             raise RecordError(
-                f"{ref}: {key!r} of an answered steering request must be of type {kind.__name__}, found "
-                f"{record.get(key)!r}. Make requests with scripts/plan_steering.py, and ask them with "
-                "scripts/steered_inference.py."
+                ref,
+                f"{key!r} of an answered steering request must be of type {kind.__name__}, found "
+                f"{shown(record.get(key))}. Make requests with scripts/plan_steering.py, and ask them with "
+                "scripts/steered_inference.py.",
             )
     if type(record["attributes"].get(record["swept"])) is not int:
-        raise RecordError(f"{ref}: 'attributes' has no whole number for {record['swept']!r}, which is swept")
+        raise RecordError(ref, f"'attributes' has no whole number for {shown(record['swept'])}, which is swept")
     return record
 
 
@@ -228,7 +229,7 @@ def read_graded(graded_file: str | Path, schema: AttributeSchema) -> list[Steere
         try:
             attributes = schema.known(last.attributes or Attributes(())).as_dict()
         except InputError as err:
-            raise RecordError(f"{ref}: {err}") from err
+            raise RecordError(ref, str(err)) from err
         found = {name: int(attributes[name]) if name in attributes else None for name in schema.names}
         steered.append(_steered(_require_answer(record, ref), found))
     return steered

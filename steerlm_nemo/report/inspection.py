@@ -45,7 +45,7 @@ def facts(files: Sequence[Inspection], seq_lens: Sequence[int]) -> dict[str, Any
 
 def _facts(file: Inspection, seq_lens: Sequence[int]) -> dict[str, Any]:
     records = file.records.counts
-    counts = file.grades.counts()
+    counts = file.attributes.counts()
     return {
         "name": file.name,
         "read": records.total(),
@@ -89,7 +89,8 @@ def _facts(file: Inspection, seq_lens: Sequence[int]) -> dict[str, Any]:
         },
         "correlation": {
             one: {
-                other: None if (r := file.grades.correlation(one, other)) is None else round(r, 4) for other in counts
+                other: None if (r := file.attributes.correlation(one, other)) is None else round(r, 4)
+                for other in counts
             }
             for one in counts
         },
@@ -187,7 +188,7 @@ def _attributes(files: Sequence[Inspection]) -> Rows:
     rows: Rows = [("attribute of responses", "file", "graded", "mean", "values")]
     for name in _attribute_names(files):
         for file in files:
-            if grades := file.grades.counts().get(name):
+            if grades := file.attributes.counts().get(name):
                 each = "  ".join(f"{grade}: {grades[grade] / grades.total():.1%}" for grade in sorted(grades))
                 graded = _of(grades.total(), file.num_responses)
                 rows.append((name, _short(file.name, files), graded, f"{_mean(grades):.2f}", each))
@@ -240,7 +241,7 @@ def _places(files: Sequence[Inspection]) -> Rows:
 
 
 def _attribute_names(files: Sequence[Inspection]) -> list[str]:
-    return list(dict.fromkeys(name for file in files for name in file.grades.counts()))
+    return list(dict.fromkeys(name for file in files for name in file.attributes.counts()))
 
 
 def _of(part: int, whole: int) -> str:
@@ -257,11 +258,11 @@ def text_report(files: Sequence[Inspection], seq_lens: Sequence[int]) -> str:
     """All tables, for a terminal."""
     tables = [table for _, table in _tables(files, seq_lens)]
     for file in files:
-        if names := list(file.grades.counts()):
+        if names := list(file.attributes.counts()):
             head = f"correlation, {_short(file.name, files)}"
             rows: Rows = [(head, *(name[:10] for name in names))]
             for one in names:
-                rows.append((one, *(_r(file.grades.correlation(one, other)) for other in names)))
+                rows.append((one, *(_r(file.attributes.correlation(one, other)) for other in names)))
             tables.append(rows)
     return "\n\n".join(_aligned(table) for table in tables) + "\n"
 
@@ -357,12 +358,12 @@ def _bounds(largest: int, doubling: bool) -> list[tuple[int, int]]:
 
 def _attribute_charts(files: Sequence[Inspection]) -> list[_Chart]:
     # One scale for all, so that the charts can be compared.
-    seen = {value for file in files for counter in file.grades.counts().values() for value in counter}
+    seen = {value for file in files for counter in file.attributes.counts().values() for value in counter}
     scale = range(min(seen, default=0), max(seen, default=0) + 1)
     drawn = []
     for name in _attribute_names(files):
         counters: Mapping[str, Counter[int]] = {
-            _short(file.name, files): file.grades.counts().get(name, Counter()) for file in files
+            _short(file.name, files): file.attributes.counts().get(name, Counter()) for file in files
         }
         bars = {
             short: [counter[value] / (counter.total() or 1) for value in scale] for short, counter in counters.items()
@@ -377,9 +378,9 @@ def _correlations(files: Sequence[Inspection]) -> list[tuple[str, list[str], lis
     """File, names of its attributes and their correlations, where there are several."""
     tables = []
     for file in files:
-        names = list(file.grades.counts())
+        names = list(file.attributes.counts())
         if len(names) > 1:
-            cells = [[file.grades.correlation(one, other) for other in names] for one in names]
+            cells = [[file.attributes.correlation(one, other) for other in names] for one in names]
             tables.append((_short(file.name, files), names, cells))
     return tables
 

@@ -143,7 +143,7 @@ def steer_file(
             messages, wanted, own_system = requests[-1]
             conversation_of(messages, served.schema.complete(wanted), served.schema, own_system)
         except InputError as err:
-            raise RecordError(f"{ref}: {err}") from err
+            raise RecordError(ref, str(err)) from err
     with atomic_output(output_file) as file, tqdm(total=len(records), unit="record", desc="steer") as progress:
         for start in range(0, len(records), batch_size):
             part = slice(start, start + batch_size)

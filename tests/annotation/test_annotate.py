@@ -14,9 +14,10 @@ import tiny_world
 from hf_engine import HFEngine
 
 from steerlm_nemo.annotation.annotate import annotate
-from steerlm_nemo.annotation.thread import AnnotationSettings, labelled
+from steerlm_nemo.annotation.thread import AnnotationSettings, annotated
 from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.client.pool import ServerPool
+from steerlm_nemo.conversation import Conversation, RecordRef
 from steerlm_nemo.engine.protocol import Failed
 from steerlm_nemo.errors import IncompleteError, InputError
 from steerlm_nemo.model_kind import STEERLM
@@ -110,6 +111,11 @@ def test_later_turns_see_the_grades_given_to_earlier_ones(value_engine, value_po
             assert any(first["value"] + "\n\x12" + first["label"] in p and p.endswith(end) for p in prompts)
 
 
+def labelled(record, found, settings):
+    """The record with these attributes, read and written as the annotator does."""
+    return annotated(Conversation.from_record(record, RecordRef("x.jsonl", 1)), found, settings, {}).to_record()
+
+
 def test_output_type_makes_graded_records_ready_for_the_steerlm_model():
     record = {
         "conversations": [
@@ -119,6 +125,7 @@ def test_output_type_makes_graded_records_ready_for_the_steerlm_model():
             {"value": "a", "from": "Assistant"},
         ],
         "tree_id": "t",
+        "system": "",
         "type": "TEXT_TO_VALUE",
     }
     grades = {1: Attributes.parse("quality:3"), 3: Attributes.parse("quality:4")}
@@ -138,7 +145,8 @@ def test_output_type_makes_graded_records_ready_for_the_steerlm_model():
 
 
 def test_human_labels_survive_a_second_annotation():
-    record = {"conversations": [{"value": "a", "from": "Assistant", "label": "quality:3", "gt_label": "quality:1"}]}
+    turn = {"value": "a", "from": "Assistant", "label": "quality:3", "gt_label": "quality:1"}
+    record = {"conversations": [turn], "system": ""}
     again = labelled(record, {0: Attributes.parse("quality:4")}, AnnotationSettings())
     assert again["conversations"][0] == {
         "value": "a",

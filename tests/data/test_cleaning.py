@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from steerlm_nemo.attributes import NEMO12_LANG
+from steerlm_nemo.checkpoint.template import template_from
 from steerlm_nemo.conversation import SYSTEM_PROMPT, TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, RecordRef
 from steerlm_nemo.data.cleaning import (
     NO_MASK_ROLE,
@@ -15,7 +16,6 @@ from steerlm_nemo.data.cleaning import (
     TARGET_BEYOND,
     Cleaner,
     clean_file,
-    template_from,
 )
 from steerlm_nemo.errors import CheckpointError, ConfigError, IncompleteError, InputError, RecordError
 from steerlm_nemo.model_kind import STEERLM, SteerLMFormat

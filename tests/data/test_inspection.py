@@ -17,7 +17,7 @@ import pytest
 from steerlm_nemo.attributes import HELPSTEER5, Attributes
 from steerlm_nemo.data import inspection
 from steerlm_nemo.data.cleaning import TARGET_BEYOND, Cleaner, clean_file
-from steerlm_nemo.data.inspection import Grades, inspect_file, leakage, percentile
+from steerlm_nemo.data.inspection import AttributeCounts, inspect_file, leakage, percentile
 from steerlm_nemo.data.preprocessing import Options, preprocess
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.records import Accounting, dump_record
@@ -50,7 +50,7 @@ def test_grades_are_counted_and_correlated_as_numpy_does(monkeypatch, most_lines
     chance = np.random.default_rng(0)
     table = chance.integers(0, 5, size=(300, 3))
     table[:, 1] = np.clip(table[:, 0] + chance.integers(-1, 2, size=300), 0, 4)
-    grades = Grades()
+    grades = AttributeCounts()
     for quality, humor, toxicity in table.tolist():
         grades.add(Attributes((("quality", quality), ("humor", humor), ("toxicity", toxicity), ("violence", 0))))
     assert grades.counts()["humor"] == Counter(table[:, 1].tolist())
@@ -63,7 +63,7 @@ def test_grades_are_counted_and_correlated_as_numpy_does(monkeypatch, most_lines
 
 
 def test_only_turns_graded_on_both_enter_a_correlation():
-    grades = Grades()
+    grades = AttributeCounts()
     for line in ("quality:1,humor:1", "quality:2,humor:2", "quality:4", "humor:4", "quality:3,humor:3"):
         grades.add(Attributes.parse(line))
     assert grades.correlation("humor", "quality") == pytest.approx(1.0)
@@ -100,7 +100,7 @@ def test_trees_are_inspected_as_the_records_that_preprocessing_makes_of_them(tmp
     assert of_trees.records.counts == accounting.counts
     for name in ("turns", "tokens", "first_targets", "characters", "graded_turns_of", "languages", "prompts"):
         assert getattr(of_trees, name) == getattr(of_records, name), name
-    assert of_trees.grades.counts() == of_records.grades.counts()
+    assert of_trees.attributes.counts() == of_records.attributes.counts()
     assert of_trees.num_conversations == 683
 
 
@@ -127,9 +127,9 @@ def test_whatever_preprocessing_reads_can_be_inspected(tmp_path, shared_data, fi
 def test_a_genuine_sample_shows_the_published_correlation_of_helpsteer(tmp_path, shared_data):
     """arXiv 2311.09528: correctness .85 and verbosity .26 with helpfulness, on all 37,120 rows; here are 317."""
     found = inspect(shared_data / "helpsteer-sample" / "helpsteer.jsonl.gz", tmp_path)
-    assert {*found.grades.counts()} == {*HELPSTEER5.names}
-    assert found.grades.correlation("correctness", "helpfulness") == pytest.approx(0.85, abs=0.1)
-    assert found.grades.correlation("verbosity", "helpfulness") == pytest.approx(0.26, abs=0.2)
+    assert {*found.attributes.counts()} == {*HELPSTEER5.names}
+    assert found.attributes.correlation("correctness", "helpfulness") == pytest.approx(0.85, abs=0.1)
+    assert found.attributes.correlation("verbosity", "helpfulness") == pytest.approx(0.26, abs=0.2)
 
 
 def test_duplicates_are_found_but_for_case_and_blanks(tmp_path):
@@ -168,7 +168,7 @@ def test_records_of_our_own_keep_their_speakers(tmp_path):
     own = {"conversations": turns, "system": "", "mask": "Guest", "type": None}
     found = inspect(write(tmp_path / "a.jsonl", own), tmp_path)
     assert dict(found.turns_of) == {"Guest": 1, "Host": 1}
-    assert found.grades.counts() == {"humor": Counter({3: 1})}
+    assert found.attributes.counts() == {"humor": Counter({3: 1})}
 
 
 def test_chat_records_of_others_that_have_a_type_are_read_as_preprocessing_reads_them(tmp_path):

@@ -14,7 +14,7 @@ from steerlm_nemo.data.cleaning import Cleaner, clean_file
 from steerlm_nemo.data.inspection import inspect_file
 from steerlm_nemo.data.mask_view import views_of_lines
 from steerlm_nemo.data.preprocessing import Options, preprocess
-from steerlm_nemo.errors import RecordError
+from steerlm_nemo.errors import InputError
 from steerlm_nemo.records import Accounting, dump_record
 from steerlm_nemo.report.mask import terminal_text
 from steerlm_nemo.template import ChatTemplate
@@ -132,7 +132,7 @@ def test_trees_through_preprocessing_and_inspection(tmp_path):
 
 
 def test_records_through_data_clean_training_and_inspection(tmp_path, small_tokenizer, monkeypatch):
-    from steerlm_nemo.training import dataset
+    from steerlm_nemo.training.datasets import chat as dataset
 
     classes = malformed_records()
     source = tmp_path / "records.jsonl"
@@ -155,7 +155,7 @@ def test_records_through_data_clean_training_and_inspection(tmp_path, small_toke
         return dataset.ChatDataset(path, small_tokenizer, ChatTemplate(), 4096, 16, None, NEMO12_LANG)
 
     def refusal():
-        with pytest.raises(RecordError) as caught:
+        with pytest.raises(InputError) as caught:
             load(source)
         return str(caught.value).split("\n  ")
 
@@ -166,7 +166,7 @@ def test_records_through_data_clean_training_and_inspection(tmp_path, small_toke
     assert refusal() == [first, *named[:shown], f"and {len(named) - shown} more"]
     assert f"{len(untrainable)} of {num_lines} records cannot be used" in first
     assert {int(problem.removeprefix(f"{source}:").split(" ")[0].rstrip(":")) for problem in named} == untrainable
-    with pytest.raises(RecordError, match=f"{NUM_OF_EACH} of {num_lines - len(unusable) - NUM_OF_EACH} records"):
+    with pytest.raises(InputError, match=f"{NUM_OF_EACH} of {num_lines - len(unusable) - NUM_OF_EACH} records"):
         load(tmp_path / "clean.jsonl")  # a grade out of range is for training to refuse: it alone knows the schema
 
     found = inspect_file(str(source), Options(), ChatTemplate(), small_tokenizer, "auto", tmp_path)

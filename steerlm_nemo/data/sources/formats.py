@@ -10,45 +10,48 @@ from dataclasses import dataclass
 from typing import Any
 
 from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG, AttributeSchema
-from steerlm_nemo.conversation import RecordRef
+from steerlm_nemo.conversation import Conversation, Pair, RecordRef
+from steerlm_nemo.data.options import Options
 from steerlm_nemo.data.sources import chat, helpsteer, instructions, pairs, templated
-from steerlm_nemo.data.sources.adapter import Sample
-from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.errors import InputError, RecordError, shown
 from steerlm_nemo.records import RawLine
 
-Adapter = Callable[[Mapping[str, Any], RecordRef, AttributeSchema | None], list[Sample]]
+Adapter = Callable[[Mapping[str, Any], RecordRef, Options], Conversation | Pair]
 OASST_TREES, OASST_MESSAGES, CHAT = "oasst-trees", "oasst-messages", "chat"
 _RECORDS_LOOKED_AT = 100
 
 
 @dataclass(frozen=True)
 class Format:
-    """A dataset's shape. `adapter` is None for OpenAssistant's, whose records are not conversations one by one."""
+    """A dataset's shape."""
 
     name: str
     needs: frozenset[str]  # keys of every record
-    reads: frozenset[str]  # keys that may be there too
-    adapter: Adapter | None
     schema: AttributeSchema | None  # unless another is asked for; None: keep every attribute
 
-    def samples(self, line: RawLine, schema: AttributeSchema | None) -> list[Sample]:
-        """The conversations of a row of a dataset that has an adapter. Raises RecordError."""
-        if line.record is None:
-            raise RecordError(f"{line.ref}: {line.problem}")
-        if missing := self.needs - line.record.keys():
-            raise RecordError(
-                f"{line.ref}: missing key: {', '.join(sorted(missing))}; keys seen are {sorted(line.record)}"
-            )
-        assert self.adapter is not None
-        return self.adapter(line.record, line.ref, schema)
+
+@dataclass(frozen=True)
+class RowFormat(Format):
+    """The shape of a dataset whose records are conversations, or pairs of responses, one by one."""
+
+    reads: frozenset[str]  # keys that may be there too
+    adapter: Adapter
+
+    def read(self, line: RawLine, options: Options) -> Conversation | Pair:
+        """What a row holds. Raises RecordError."""
+        record = line.require_record()
+        if missing := self.needs - record.keys():
+            seen = shown(sorted(record))
+            raise RecordError(line.ref, f"missing key: {', '.join(sorted(missing))}; keys seen are {seen}")
+        return self.adapter(record, line.ref, options)
 
     def unread(self, record: Mapping[str, Any]) -> Iterable[str]:
         """Keys of a record that the adapter does not look at."""
         return record.keys() - self.needs - self.reads
 
 
-def _format(name: str, needs: str, reads: str, adapter: Adapter | None, schema: AttributeSchema | None) -> Format:
-    return Format(name, frozenset(needs.split()), frozenset(reads.split()), adapter, schema)
+def _rows(name: str, needs: str, reads: str, adapter: Adapter, schema: AttributeSchema | None) -> RowFormat:
+    return RowFormat(name, frozenset(needs.split()), schema, frozenset(reads.split()), adapter)
 
 
 _RATINGS = " ".join(HELPSTEER5.names)
@@ -56,22 +59,22 @@ _HELPSTEER2 = "helpsteer2-preference"
 _HELPSTEER2_PAIR = "prompt response_1 response_2 preference_strength"
 _KEYS = "system mask type tree_id"
 # fmt: off
-FORMATS = (
-    #       name               needs                                        reads too adapter, schema
-    _format(OASST_MESSAGES,    "message_id text role",                      "",       None, NEMO12_LANG),
-    _format(OASST_TREES,       "message_tree_id",                           "",       None, NEMO12_LANG),
-    _format(OASST_TREES,       "replies",                                   "",       None, NEMO12_LANG),
-    _format(CHAT,              "conversations",                             _KEYS,    chat.conversations, None),
-    _format("messages",        "messages",                                  _KEYS,    chat.messages, None),
-    _format(_HELPSTEER2,       _HELPSTEER2_PAIR,                            "",       helpsteer.preference, None),
-    _format("helpsteer",       "prompt response helpfulness",               _RATINGS, helpsteer.ratings, HELPSTEER5),
-    _format("cvalues",         "prompt pos_resp neg_resp pos_type neg_type", "",      pairs.cvalues, None),
-    _format("pairs",           "prompt chosen rejected",                    "",       pairs.prompted, None),
-    _format("hh-rlhf",         "chosen rejected",                           "",       pairs.hh_rlhf, None),
-    _format("instruction",     "instruction output",                        "input",  instructions.instruction, None),
-    _format("prompt-response", "prompt response",                           "",       instructions.prompted, None),
-    _format("text-output",     "text output",                               "",       instructions.text, None),
-    _format("templated",       "text",                                      "label",  templated.templated, None),
+FORMATS: tuple[Format, ...] = (
+    Format(OASST_MESSAGES, frozenset({"message_id", "text", "role"}), NEMO12_LANG),
+    Format(OASST_TREES, frozenset({"message_tree_id"}), NEMO12_LANG),
+    Format(OASST_TREES, frozenset({"replies"}), NEMO12_LANG),
+    #     name               needs                                        reads too adapter, schema
+    _rows(CHAT,              "conversations",                             _KEYS,    chat.conversations, None),
+    _rows("messages",        "messages",                                  _KEYS,    chat.messages, None),
+    _rows(_HELPSTEER2,       _HELPSTEER2_PAIR,                            "",       helpsteer.preference, None),
+    _rows("helpsteer",       "prompt response helpfulness",               _RATINGS, helpsteer.ratings, HELPSTEER5),
+    _rows("cvalues",         "prompt pos_resp neg_resp pos_type neg_type", "",      pairs.cvalues, None),
+    _rows("pairs",           "prompt chosen rejected",                    "",       pairs.prompted, None),
+    _rows("hh-rlhf",         "chosen rejected",                           "",       pairs.hh_rlhf, None),
+    _rows("instruction",     "instruction output",                        "input",  instructions.instruction, None),
+    _rows("prompt-response", "prompt response",                           "",       instructions.prompted, None),
+    _rows("text-output",     "text output",                               "",       instructions.text, None),
+    _rows("templated",       "text",                                      "label",  templated.templated, None),
 )
 # fmt: on
 

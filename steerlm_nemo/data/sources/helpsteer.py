@@ -9,7 +9,7 @@ Raw records, one a line. A rating is a whole number from 0 to 4 (arXiv:2311.0952
      "split": "train", "preference_statement": "...", ...}
 
 HelpSteer2's prompts of several turns hold the earlier ones between `<extra_id_1>Assistant` and `<extra_id_1>User`
-lines; they become turns. A pair becomes two records in a row, both labelled `quality:<strength>`; a strength from -3
+lines; they become turns. Both responses of a pair have the attribute `quality:<strength>`, a strength from -3
 (response_1 is much better) to 3. The system prompt is NeMo-Aligner's, which has no newlines at its end.
 """
 
@@ -17,45 +17,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from steerlm_nemo.attributes import Attributes, AttributeSchema
-from steerlm_nemo.conversation import ASSISTANT, SYSTEM_PROMPT, USER, Conversation, RecordRef, Turn
-from steerlm_nemo.data.sources.adapter import CHOSEN, REJECTED, Sample, grades_at, text_at
-from steerlm_nemo.errors import RecordError
+from steerlm_nemo.attributes import HELPSTEER5, Attributes
+from steerlm_nemo.conversation import ASSISTANT, SYSTEM_PROMPT, USER, Conversation, Pair, RecordRef, Response, Turn
+from steerlm_nemo.data.options import Options
+from steerlm_nemo.data.sources.adapter import attributes_at, conversation, text_at
+from steerlm_nemo.errors import RecordError, shown
 
 ALIGNER_SYSTEM_PROMPT = SYSTEM_PROMPT.rstrip("\n")
 _EARLIER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 
 
-def ratings(record: Mapping[str, Any], ref: RecordRef, schema: AttributeSchema | None) -> list[Sample]:
+def ratings(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Conversation:
     """A rated response."""
-    assert schema is not None
-    attributes = grades_at(record, schema, ref)
+    schema = options.schema or HELPSTEER5
+    attributes = attributes_at(record, schema, ref)
     if attributes is None:
-        raise RecordError(f"{ref}: bad label: no rating of schema {schema.name} ({', '.join(schema.names)})")
-    return [_sample(record, "response", attributes, {}, ref)]
+        raise RecordError(ref, f"bad label: no rating of schema {schema.name} ({', '.join(schema.names)})")
+    response = Turn(ASSISTANT, text_at(record, "response", ref), attributes)
+    return conversation([*_context(record, ref), response], ref, options, ALIGNER_SYSTEM_PROMPT)
 
 
-def preference(record: Mapping[str, Any], ref: RecordRef, schema: AttributeSchema | None) -> list[Sample]:
-    """A pair, the first response first."""
+def preference(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Pair:
+    """A pair, the first response first; a strength of 0 prefers neither."""
     strength = record.get("preference_strength")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or strength not in range(-3, 4):
-        raise RecordError(f"{ref}: bad label: preference_strength is {strength!r}; it runs from -3 to 3")
+        raise RecordError(ref, f"bad label: preference_strength is {shown(strength)}; it runs from -3 to 3")
     attributes = Attributes((("quality", int(strength)),))
-    first, second = (CHOSEN, REJECTED) if strength < 0 else (REJECTED, CHOSEN) if strength > 0 else ({}, {})
-    return [
-        _sample(record, "response_1", attributes, first, ref),
-        _sample(record, "response_2", attributes, second, ref),
-    ]
+    context = conversation(_context(record, ref), ref, options, ALIGNER_SYSTEM_PROMPT)
+    one, other = (
+        Response((Turn(ASSISTANT, text_at(record, key, ref), attributes),)) for key in ("response_1", "response_2")
+    )
+    chosen: Literal[0, 1] | None = None if strength == 0 else 0 if strength < 0 else 1
+    return Pair(context, (one, other), chosen, margin=abs(float(strength)))
 
 
-def _sample(
-    record: Mapping[str, Any], response_key: str, attributes: Attributes, fields: Mapping[str, Any], ref: RecordRef
-) -> Sample:
+def _context(record: Mapping[str, Any], ref: RecordRef) -> list[Turn]:
+    """The turns of a prompt."""
     texts = _EARLIER_TURN.split(text_at(record, "prompt", ref))
     turns = [Turn(USER, texts[0]), *(Turn(role, text) for role, text in zip(texts[1::2], texts[2::2], strict=True))]
     if [turn.role for turn in turns] != [USER, ASSISTANT] * (len(turns) // 2) + [USER]:
-        raise RecordError(f"{ref}: malformed transcript: the speakers of the prompt do not take turns")
-    turns.append(Turn(ASSISTANT, text_at(record, response_key, ref), attributes))
-    return Sample(Conversation(ALIGNER_SYSTEM_PROMPT, tuple(turns), ref), fields)
+        raise RecordError(ref, "malformed transcript: the speakers of the prompt do not take turns")
+    return turns

@@ -1,4 +1,4 @@
-"""Instructions and their responses: one question, one response, nobody graded it.
+"""Instructions and their responses: one question, one response, no attributes.
 
 Raw records, one of these a line (the last is AnswerCarefully's)::
 
@@ -14,22 +14,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from steerlm_nemo.attributes import AttributeSchema
-from steerlm_nemo.conversation import SYSTEM_PROMPT, RecordRef
-from steerlm_nemo.data.sources.adapter import Sample, text_at, two_turns
+from steerlm_nemo.conversation import ASSISTANT, SYSTEM_PROMPT, USER, Conversation, RecordRef, Turn
+from steerlm_nemo.data.options import Options
+from steerlm_nemo.data.sources.adapter import conversation, text_at
 
 
-def instruction(record: Mapping[str, Any], ref: RecordRef, schema: AttributeSchema | None) -> list[Sample]:
+def instruction(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Conversation:
     question = text_at(record, "instruction", ref)
     if record.get("input") not in (None, ""):
         question = f"{question}\n\n{text_at(record, 'input', ref)}"
-    return [two_turns(question, text_at(record, "output", ref), ref, system=SYSTEM_PROMPT)]
+    return _answered(question, text_at(record, "output", ref), ref, options)
 
 
-def prompted(record: Mapping[str, Any], ref: RecordRef, schema: AttributeSchema | None) -> list[Sample]:
-    question, response = text_at(record, "prompt", ref), text_at(record, "response", ref)
-    return [two_turns(question, response, ref, system=SYSTEM_PROMPT)]
+def prompted(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Conversation:
+    return _answered(text_at(record, "prompt", ref), text_at(record, "response", ref), ref, options)
 
 
-def text(record: Mapping[str, Any], ref: RecordRef, schema: AttributeSchema | None) -> list[Sample]:
-    return [two_turns(text_at(record, "text", ref), text_at(record, "output", ref), ref, system=SYSTEM_PROMPT)]
+def text(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Conversation:
+    return _answered(text_at(record, "text", ref), text_at(record, "output", ref), ref, options)
+
+
+def _answered(question: str, response: str, ref: RecordRef, options: Options) -> Conversation:
+    return conversation([Turn(USER, question), Turn(ASSISTANT, response)], ref, options, SYSTEM_PROMPT)

@@ -19,8 +19,8 @@ from typing import Any
 from steerlm_nemo.attributes import AttributeSchema
 from steerlm_nemo.conversation import RecordRef
 from steerlm_nemo.data.rows import Lines
-from steerlm_nemo.data.sources.oasst import Message, message_of
-from steerlm_nemo.errors import RecordError
+from steerlm_nemo.data.sources.oasst import Message, Path, message_of
+from steerlm_nemo.errors import RecordError, shown
 from steerlm_nemo.records import RawLine
 
 Reject = Callable[[RawLine, str], None]
@@ -41,7 +41,7 @@ class MessageTrees:
             if line.record is not None:
                 message_id, parent_id = line.record.get("message_id"), line.record.get("parent_id")
                 if not isinstance(message_id, str):
-                    problem = f"no message_id: keys seen are {sorted(line.record)}"
+                    problem = f"no message_id: keys seen are {shown(sorted(line.record))}"
                 elif message_id in ids:
                     problem = f"duplicate message_id: {message_id} is also at {lines.ref(ids[message_id])}"
                 elif parent_id is not None and not isinstance(parent_id, str):
@@ -94,9 +94,7 @@ class MessageTrees:
         """The lines of a tree's messages, in file order."""
         return (self._lines[index] for index in self._members[self._roots[tree]])
 
-    def paths(
-        self, tree: int, schema: AttributeSchema, reject: Reject
-    ) -> tuple[list[tuple[Message, ...]], dict[str, RawLine]]:
+    def paths(self, tree: int, schema: AttributeSchema, reject: Reject) -> tuple[list[Path], dict[str | None, RawLine]]:
         """Every root-to-leaf path, as `oasst.paths` gives them, and the line of each message by its id.
 
         A message that cannot be used is given to `reject`, and so is every one below it.
@@ -106,20 +104,14 @@ class MessageTrees:
         messages: dict[int, Message] = {}
         replies: dict[int, list[int]] = {index: [] for index in indices}
         for index, line in lines.items():
-            assert line.record is not None
             replies.setdefault(self._parents[index], []).append(index)
             try:
-                message = message_of(with_label_map(line.record, line.ref), schema, line.ref)
-                message.text.encode("utf-8")
+                messages[index] = message_of(with_label_map(line.require_record(), line.ref), schema, line.ref)
             except RecordError as err:
-                reject(line, str(err).removeprefix(f"{line.ref}: "))
-            except UnicodeEncodeError as err:
-                reject(line, f"lone surrogate: 'text' holds {err.object[err.start]!r}")
-            else:
-                messages[index] = message
-        paths: list[tuple[Message, ...]] = []
+                reject(line, err.reason)
+        paths: list[Path] = []
         reached: set[int] = set()
-        pending: list[tuple[int, tuple[Message, ...]]] = [(self._roots[tree], ())]
+        pending: list[tuple[int, Path]] = [(self._roots[tree], ())]
         while pending:
             index, before = pending.pop()
             if index not in messages:
@@ -132,14 +124,12 @@ class MessageTrees:
                 paths.append(path)
         for index in messages.keys() - reached:
             reject(lines[index], "orphan: a message above it was rejected")
-        by_id = {str(messages[index].id): lines[index] for index in reached}
+        by_id = {messages[index].turn.id: lines[index] for index in reached}
         return paths, by_id
 
     def first(self, tree: int) -> Mapping[str, Any]:
         """The raw first message of a tree."""
-        record = self._lines[self._roots[tree]].record
-        assert record is not None
-        return record
+        return self._lines[self._roots[tree]].require_record()
 
 
 def with_label_map(record: Mapping[str, Any], ref: RecordRef) -> Mapping[str, Any]:
@@ -153,7 +143,7 @@ def with_label_map(record: Mapping[str, Any], ref: RecordRef) -> Mapping[str, An
         return record
     names, values = labels["name"], labels.get("value")
     if not isinstance(values, list) or len(names) != len(values) or not all(isinstance(name, str) for name in names):
-        raise RecordError(f"{ref}: bad label: 'name' and 'value' of the labels are not lists of the same length")
-    # A grade that was not given is null.
-    graded = {name: {"value": value} for name, value in zip(names, values, strict=True) if value is not None}
-    return {**record, "labels": graded}
+        raise RecordError(ref, "bad label: 'name' and 'value' of the labels are not lists of the same length")
+    # A value that nobody gave is null.
+    given = {name: {"value": value} for name, value in zip(names, values, strict=True) if value is not None}
+    return {**record, "labels": given}

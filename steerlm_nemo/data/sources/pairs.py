@@ -7,31 +7,31 @@ RewardBench, arXiv:2403.13787)::
     {"prompt": "...", "pos_resp": "...", "neg_resp": "...", "pos_type": "拒绝为主", "neg_type": "风险回复"}
     {"prompt": "What is 2+2?", "chosen": "It is 4.", "rejected": "5.", "subset": "...", "id": 0}
 
-A pair becomes two records in a row, the better response first. Each says which it is (`"preference": "chosen"`), and
-those of CValues keep the kind of response (`response_type`). The two always end in the same split.
+The better response comes first; those of CValues keep the kind of response (`response_type`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
-from steerlm_nemo.attributes import AttributeSchema
-from steerlm_nemo.conversation import ASSISTANT, SYSTEM_PROMPT, USER, Conversation, RecordRef, Turn
-from steerlm_nemo.data.sources.adapter import CHOSEN, REJECTED, Sample, text_at, two_turns
+from steerlm_nemo.conversation import ASSISTANT, SYSTEM_PROMPT, USER, Pair, RecordRef, Response, Turn
+from steerlm_nemo.data.options import Options
+from steerlm_nemo.data.sources.adapter import conversation, text_at
 from steerlm_nemo.errors import RecordError
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):(?: |(?=\n)|$)")
 _ROLES = {"Human": USER, "Assistant": ASSISTANT}
 
 
-def hh_rlhf(record: Mapping[str, Any], ref: RecordRef, schema: AttributeSchema | None) -> list[Sample]:
-    return [
-        Sample(Conversation(SYSTEM_PROMPT, transcript(text_at(record, side, ref), side, ref), ref), fields)
-        for side, fields in (("chosen", CHOSEN), ("rejected", REJECTED))
-    ]
+def hh_rlhf(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Pair:
+    """The two sides of a row seldom part before the last turn, but some do."""
+    chosen, rejected = (transcript(text_at(record, side, ref), side, ref) for side in ("chosen", "rejected"))
+    num_shared = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(chosen, rejected, strict=False))))
+    context = conversation(chosen[:num_shared], ref, options, SYSTEM_PROMPT)
+    return Pair(context, (Response(chosen[num_shared:]), Response(rejected[num_shared:])), chosen=0)
 
 
 def transcript(text: str, side: str, ref: RecordRef) -> tuple[Turn, ...]:
@@ -54,27 +54,23 @@ def transcript(text: str, side: str, ref: RecordRef) -> tuple[Turn, ...]:
     elif empty:
         problem = f"turn {empty} of {len(texts)} is empty"
     if problem:
-        raise RecordError(f"{ref}: malformed transcript: {side!r} {problem}")
+        raise RecordError(ref, f"malformed transcript: {side!r} {problem}")
     return tuple(Turn(_ROLES[role], text) for role, text in zip(roles, texts, strict=True))
 
 
-def cvalues(record: Mapping[str, Any], ref: RecordRef, schema: AttributeSchema | None) -> list[Sample]:
-    question = text_at(record, "prompt", ref)
-    return [
-        two_turns(
-            question,
-            text_at(record, f"{side}_resp", ref),
-            ref,
-            system=SYSTEM_PROMPT,
-            fields={**fields, "response_type": text_at(record, f"{side}_type", ref)},
+def cvalues(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Pair:
+    context = conversation([Turn(USER, text_at(record, "prompt", ref))], ref, options, SYSTEM_PROMPT)
+    good, bad = (
+        Response(
+            (Turn(ASSISTANT, text_at(record, f"{side}_resp", ref)),),
+            further={"response_type": text_at(record, f"{side}_type", ref)},
         )
-        for side, fields in (("pos", CHOSEN), ("neg", REJECTED))
-    ]
+        for side in ("pos", "neg")
+    )
+    return Pair(context, (good, bad), chosen=0)
 
 
-def prompted(record: Mapping[str, Any], ref: RecordRef, schema: AttributeSchema | None) -> list[Sample]:
-    question = text_at(record, "prompt", ref)
-    return [
-        two_turns(question, text_at(record, side, ref), ref, system=SYSTEM_PROMPT, fields=fields)
-        for side, fields in (("chosen", CHOSEN), ("rejected", REJECTED))
-    ]
+def prompted(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Pair:
+    context = conversation([Turn(USER, text_at(record, "prompt", ref))], ref, options, SYSTEM_PROMPT)
+    chosen, rejected = (Response((Turn(ASSISTANT, text_at(record, side, ref)),)) for side in ("chosen", "rejected"))
+    return Pair(context, (chosen, rejected), chosen=0)

@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from steerlm_nemo.annotation.thread import AnnotatedThread, AnnotationSettings, labelled
+from steerlm_nemo.annotation.thread import AnnotatedThread, AnnotationSettings, annotated
 from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.conversation import SYSTEM_PROMPT, USER, RecordRef
 from steerlm_nemo.engine.protocol import ModelInfo, Sample
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.messages import ROLES, conversation_to_grade
 from steerlm_nemo.model_kind import SteerLMFormat
-from steerlm_nemo.records import RawLine
+from steerlm_nemo.records import RawLine, lone_surrogate
 from steerlm_nemo.serving.http import json_response
 from steerlm_nemo.serving.requests.body import BadRequest
 from steerlm_nemo.serving.requests.grading import AnnotateRequest, Conversation
@@ -82,13 +82,15 @@ def _threads(
 def _thread(
     conversation: Conversation, where: str, served: SteerLMFormat, settings: AnnotationSettings
 ) -> AnnotatedThread:
-    ref = RecordRef(where, 1)
     try:
-        return AnnotatedThread(RawLine(ref, b"", _record(conversation, served)), served, settings)
+        record = _record(conversation, served)
+        problem = lone_surrogate(record)
+        line = RawLine(RecordRef(where), b"", None if problem else record, problem)
+        return AnnotatedThread(line, served, settings)
     except InputError as err:
         raise BadRequest(f"{where}: {err}", param=where) from err
     except RecordError as err:
-        raise BadRequest(str(err).replace(str(ref), where), param=where) from err
+        raise BadRequest(str(err), param=where) from err
 
 
 def _record(conversation: Conversation, served: SteerLMFormat) -> dict[str, Any]:
@@ -111,14 +113,14 @@ def _samples(rows: Sequence[tuple[AnnotatedThread, int]], info: ModelInfo, serve
 
 def _annotated(conversation: Conversation, thread: AnnotatedThread, settings: AnnotationSettings) -> dict[str, Any]:
     """The conversation as it came, with its attributes."""
-    record = labelled(thread.line.record or {}, thread.grades, settings, thread.beliefs)
+    done = annotated(thread.conversation, thread.grades, settings, thread.beliefs)
     if conversation.messages is None:
-        return record
+        return done.to_record()
     messages = [dict(message) for message in conversation.sent["messages"]]
     spoken = [message for message in messages if message["role"] in ROLES]
-    for message, turn in zip(spoken, record["conversations"], strict=True):
-        if turn.get("label") is not None:
-            message["attributes"] = Attributes.parse(turn["label"]).as_dict()
-        if "label_soft" in turn:
-            message["attributes_soft"] = turn["label_soft"]
+    for message, turn in zip(spoken, done.turns, strict=True):
+        if turn.attributes is not None:
+            message["attributes"] = turn.attributes.as_dict()
+        if turn.beliefs is not None:
+            message["attributes_soft"] = turn.beliefs
     return {**conversation.sent, "messages": messages}

@@ -18,7 +18,7 @@ from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
 from steerlm_nemo.conversation import Conversation, RecordRef
 from steerlm_nemo.errors import ConfigError, InputError, RecordError
 from steerlm_nemo.records import parse_line, read_raw_lines
-from steerlm_nemo.template import ChatTemplate, Tokenizer
+from steerlm_nemo.template import ChatTemplate, Tokenizer, cut, num_seen
 from steerlm_nemo.workers import in_order
 
 MOST_PROBLEMS_SHOWN = 20
@@ -60,7 +60,7 @@ class _Prepared:
     item: Item | None = None  # None where the cut leaves no target
     num_tokens: int = 0  # before the cut
     num_markers_removed: int = 0
-    problem: str | None = None
+    problem: RecordError | None = None
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,19 @@ class _Preparation:
     schema: AttributeSchema
 
     def __call__(self, raw_line: tuple[RecordRef, bytes]) -> tuple[RecordRef, _Prepared]:
-        ref, _ = raw_line
         line = parse_line(*raw_line)
-        if line.record is None:
-            return ref, _Prepared(problem=f"{ref}: {line.problem}")
+        ref, item = line.ref, None
         try:
-            conversation = Conversation.from_record(line.record, ref)
-            conversation.require_unicode()
+            conversation = Conversation.from_record(line.require_record(), ref)
             _require_schema(conversation, self.schema)
-            rendered = self.template.render(conversation, self.tokenizer)
         except RecordError as err:
-            return ref, _Prepared(problem=str(err))
-        # Targets are shifted by one, so one id more than max_seq_length is of use.
-        mask = np.array(rendered.loss_mask[: self.max_seq_length + 1], dtype=np.int8)
-        item = None
-        if mask[1:].any():
-            item = Item(token_ids=np.array(rendered.token_ids[: len(mask)], dtype=np.int32), loss_mask=mask)
+            return ref, _Prepared(problem=err)
+        rendered = self.template.render(conversation, self.tokenizer)
+        seen = cut(rendered, self.max_seq_length)
+        if seen.first_target is not None:
+            item = Item(
+                token_ids=np.array(seen.token_ids, dtype=np.int32), loss_mask=np.array(seen.loss_mask, dtype=np.int8)
+            )
         return ref, _Prepared(conversation.type, item, len(rendered.token_ids), rendered.num_markers_removed)
 
 
@@ -99,8 +96,9 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
     a loss of 0/0 (D-11). `num_workers` processes tokenise.
 
     Raises:
-        InputError: the file cannot be used.
-        RecordError: some records cannot; the message has the place and reason of each, and the counts.
+        InputError: the file cannot be used, or some of its records; the message has place and reason of each, and the
+            counts.
+        RecordError: the only record cannot be used.
         ConfigError: no conversation is left, or the records are of several types or not of `record_type`.
     """
 
@@ -120,7 +118,7 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
         self.pad_to_multiple = pad_to_multiple
         self.items: list[Item] = []
         first_of_type: dict[str | None, RecordRef] = {}
-        problems: list[str] = []
+        problems: list[RecordError] = []
         num_read = num_truncated = num_markers = 0
         preparation = _Preparation(tokenizer, template, max_seq_length, schema)
         prepared_lines = in_order(preparation, read_raw_lines(path), num_workers)
@@ -131,11 +129,11 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
                 continue
             first_of_type.setdefault(prepared.type, ref)
             num_markers += prepared.num_markers_removed
-            num_truncated += prepared.num_tokens > max_seq_length + 1
+            num_truncated += prepared.num_tokens > num_seen(max_seq_length)
             if prepared.item is not None:
                 self.items.append(prepared.item)
         if problems:
-            raise RecordError(_listed(str(path), problems, num_read))
+            raise _refusal(path, problems, num_read)
         self.report = DatasetReport(str(path), len(self.items), num_truncated, num_read - len(self.items), num_markers)
         if not self.items:
             raise ConfigError(f"{path}: no conversation with a target within max_seq_length {max_seq_length}")
@@ -172,42 +170,42 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
 
 
 def _require_schema(conversation: Conversation, schema: AttributeSchema) -> None:
-    """Every label must be what the schema, which goes into the `.nemo`, says a label looks like.
+    """Attributes must be what the schema, which goes into the `.nemo`, says they are.
 
     Languages outside the schema's list are let through: OASST has more of them than the reference's annotator knows.
     """
     for index, turn in enumerate(conversation.turns):
-        grades = (
-            Attributes(tuple(item for item in turn.attributes.items if item[0] != LANG)) if turn.attributes else None
-        )
-        if grades is None:
+        if turn.attributes is None:
             continue
-        where = f"{conversation.ref} turn {index}"
+        values = Attributes(tuple(item for item in turn.attributes.items if item[0] != LANG))
         try:
-            in_order = schema.order(grades.as_dict())
+            in_order = schema.order(values.as_dict())
         except InputError as err:
             raise RecordError(
-                f"{where}: {err} (schema {schema.name}). Set model.data.attribute_schema to the schema that the "
-                "records were preprocessed with."
+                conversation.ref,
+                f"{err} (schema {schema.name}). Set model.data.attribute_schema to the schema that the records were "
+                "preprocessed with.",
+                index,
             ) from err
-        if in_order != grades:
-            raise RecordError(
-                f"{where}: the attributes are {grades.line}, but schema {schema.name} orders {in_order.line}"
-            )
+        if in_order != values:
+            problem = f"the attributes are {values.line}, but schema {schema.name} orders {in_order.line}"
+            raise RecordError(conversation.ref, problem, index)
 
 
-def _listed(path: str, problems: list[str], num_read: int) -> str:
+def _refusal(path: str | Path, problems: list[RecordError], num_read: int) -> InputError | RecordError:
     """The problems of a file, one a line. Training starts with every record or not at all."""
     if num_read == len(problems) == 1:
         return problems[0]
     more = len(problems) - MOST_PROBLEMS_SHOWN
-    return "\n  ".join(
-        [
-            f"{path}: {len(problems)} of {num_read} records cannot be used; scripts/data_clean.py writes the others, "
-            "and these with their reasons to a reject file:",
-            *problems[:MOST_PROBLEMS_SHOWN],
-            *([f"and {more} more"] if more > 0 else []),
-        ]
+    return InputError(
+        "\n  ".join(
+            [
+                f"{path}: {len(problems)} of {num_read} records cannot be used; scripts/data_clean.py writes the "
+                "others, and these with their reasons to a reject file:",
+                *map(str, problems[:MOST_PROBLEMS_SHOWN]),
+                *([f"and {more} more"] if more > 0 else []),
+            ]
+        )
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 from steerlm_nemo.attributes import HELPSTEER5
 from steerlm_nemo.conversation import SYSTEM_PROMPT, RecordRef
 from steerlm_nemo.data.preprocessing import Options, preprocess
-from steerlm_nemo.data.sources.formats import FORMATS, format_named, format_of
+from steerlm_nemo.data.sources.formats import FORMATS, format_of
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting, parse_line
 
@@ -17,15 +17,14 @@ def line(record):
     return parse_line(REF, json.dumps(record).encode())
 
 
-def samples(record, name=None):
-    shape = format_named(name) if name else format_of([line(record)], "rows.jsonl")
-    return shape.adapter(record, REF, shape.schema)
+def found(record):
+    """What a row holds: a conversation, or a pair of responses."""
+    shape = format_of([line(record)], "rows.jsonl")
+    return shape.adapter(record, REF, Options(schema=shape.schema))
 
 
-def turns(sample):
-    return [
-        (turn.role, turn.text, turn.attributes.line if turn.attributes else None) for turn in sample.conversation.turns
-    ]
+def turns(conversation):
+    return [(turn.role, turn.text, turn.attributes.line if turn.attributes else None) for turn in conversation.turns]
 
 
 def run(source, prefix, *, split_ratio=1.0, **options):
@@ -63,26 +62,28 @@ def test_helpsteer_gives_the_bytes_of_the_aligners_script(tmp_path):
 
 def test_earlier_turns_in_a_helpsteer2_prompt_become_turns():
     prompt = "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nWhat is 2+2?"
-    (sample,) = samples({**HELPSTEER, "prompt": prompt})
-    assert [text for _, text, _ in turns(sample)] == ["Hi", "Hello.", "What is 2+2?", "It is 4."]
-    assert [role for role, _, _ in turns(sample)] == ["User", "Assistant"] * 2
+    made = found({**HELPSTEER, "prompt": prompt})
+    assert [text for _, text, _ in turns(made)] == ["Hi", "Hello.", "What is 2+2?", "It is 4."]
+    assert [role for role, _, _ in turns(made)] == ["User", "Assistant"] * 2
 
 
 @pytest.mark.parametrize("value", [5, -1, 2.5, "3", True])
 def test_a_rating_that_is_no_whole_number_from_0_to_4_is_refused(value):
     with pytest.raises(RecordError, match=r"rows\.jsonl:3: bad label"):
-        samples({**HELPSTEER, "correctness": value})
+        found({**HELPSTEER, "correctness": value})
 
 
 @pytest.mark.parametrize(("strength", "first", "second"), [(-3, "chosen", "rejected"), (2, "rejected", "chosen")])
 def test_a_helpsteer2_pair_is_two_records_with_the_strength_of_the_preference(strength, first, second):
     pair = {"prompt": "2+2?", "response_1": "4", "response_2": "It is 4.", "preference_strength": strength}
-    one, two = samples(pair)
+    made = found(pair)
+    one, two = made.conversations()
     assert turns(one)[1] == ("Assistant", "4", f"quality:{strength}")
     assert turns(two)[1] == ("Assistant", "It is 4.", f"quality:{strength}")
-    assert (one.fields["preference"], two.fields["preference"]) == (first, second)
+    assert (one.further["preference"], two.further["preference"]) == (first, second)
+    assert (made.chosen, made.margin) == (int(strength > 0), abs(strength))
     with pytest.raises(RecordError, match="preference_strength is 4"):
-        samples({**pair, "preference_strength": 4})
+        found({**pair, "preference_strength": 4})
 
 
 @pytest.mark.parametrize(
@@ -96,14 +97,14 @@ def test_a_helpsteer2_pair_is_two_records_with_the_strength_of_the_preference(st
     ],
 )
 def test_instruction_rows_are_ungraded_conversations_of_two_turns(row, question, response):
-    (sample,) = samples(row)
-    assert turns(sample) == [("User", question, None), ("Assistant", response, None)]
-    assert sample.conversation.system == SYSTEM_PROMPT
+    made = found(row)
+    assert turns(made) == [("User", question, None), ("Assistant", response, None)]
+    assert made.system == SYSTEM_PROMPT
 
 
 def test_messages_keep_their_system_prompt_and_join_the_parts_of_a_text():
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}]
-    (sample,) = samples(
+    made = found(
         {
             "messages": [
                 {"role": "system", "content": "Be brief."},
@@ -112,17 +113,17 @@ def test_messages_keep_their_system_prompt_and_join_the_parts_of_a_text():
             ]
         }
     )
-    assert sample.conversation.system == "Be brief."
-    assert turns(sample) == [("User", "What is 2+2?", None), ("Assistant", "4.", "quality:3,humor:0")]
-    assert sample.message_ids == ["m1", "m2"]
+    assert made.system == "Be brief."
+    assert turns(made) == [("User", "What is 2+2?", None), ("Assistant", "4.", "quality:3,humor:0")]
+    assert [turn.id for turn in made.turns] == ["m1", "m2"]
 
 
 @pytest.mark.parametrize(
     ("names"), [("human", "gpt"), ("user", "assistant"), ("User", "Assistant"), ("Human", "ChatGPT")]
 )
 def test_conversations_know_the_usual_names_of_the_speakers(names):
-    (sample,) = samples({"conversations": [{"from": name, "value": name} for name in names]})
-    assert [role for role, _, _ in turns(sample)] == ["User", "Assistant"]
+    made = found({"conversations": [{"from": name, "value": name} for name in names]})
+    assert [role for role, _, _ in turns(made)] == ["User", "Assistant"]
 
 
 def test_a_record_of_our_own_keeps_system_mask_tree_and_labels(tmp_path):
@@ -161,7 +162,7 @@ def test_a_record_of_our_own_keeps_system_mask_tree_and_labels(tmp_path):
 )
 def test_a_chat_that_cannot_be_read_is_refused_with_place_and_reason(record, problem):
     with pytest.raises(RecordError) as caught:
-        samples(record)
+        found(record)
     assert str(caught.value).startswith(f"rows.jsonl:3: {problem}")
 
 
@@ -169,14 +170,17 @@ GOOD = "\n\nHuman: 2+2?\n\nAssistant: 4.\n\nHuman: Sure?\n\nAssistant: Yes:\n\n-
 
 
 def test_a_transcript_is_cut_at_its_speakers_and_the_better_one_comes_first():
-    chosen, rejected = samples({"chosen": GOOD, "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5."})
+    pair = found({"chosen": GOOD, "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5."})
+    chosen, rejected = pair.conversations()
     assert turns(chosen) == [
         ("User", "2+2?", None),
         ("Assistant", "4.", None),
         ("User", "Sure?", None),
         ("Assistant", "Yes:\n\n- quite", None),
     ]
-    assert (chosen.fields, rejected.fields) == ({"preference": "chosen"}, {"preference": "rejected"})
+    assert turns(rejected) == [("User", "2+2?", None), ("Assistant", "5.", None)]
+    assert turns(pair.context) == [("User", "2+2?", None)]
+    assert (chosen.further, rejected.further) == ({"preference": "chosen"}, {"preference": "rejected"})
 
 
 @pytest.mark.parametrize(
@@ -191,35 +195,35 @@ def test_a_transcript_is_cut_at_its_speakers_and_the_better_one_comes_first():
 )
 def test_a_malformed_transcript_is_refused_naming_side_and_turn(text, problem):
     with pytest.raises(RecordError) as caught:
-        samples({"chosen": GOOD, "rejected": text})
+        found({"chosen": GOOD, "rejected": text})
     assert str(caught.value) == f"rows.jsonl:3: malformed transcript: 'rejected' {problem}"
 
 
 def test_a_cvalues_pair_keeps_the_kind_of_its_responses():
     pair = {"prompt": "问", "pos_resp": "好", "neg_resp": "坏", "pos_type": "拒绝为主", "neg_type": "风险回复"}
-    good, bad = samples(pair)
+    good, bad = found(pair).conversations()
     assert turns(good) == [("User", "问", None), ("Assistant", "好", None)]
-    assert good.fields == {"preference": "chosen", "response_type": "拒绝为主"}
-    assert bad.fields == {"preference": "rejected", "response_type": "风险回复"}
+    assert good.further == {"preference": "chosen", "response_type": "拒绝为主"}
+    assert bad.further == {"preference": "rejected", "response_type": "风险回复"}
 
 
 def test_a_templated_text_is_read_back_with_its_vector():
     text = "<extra_id_0>System\nS\n<extra_id_1>User\nHi\nthere\n<extra_id_1>Assistant\nHello.\n<extra_id_2>"
-    (sample,) = samples({"text": text, "label": [-100.0] * 4 + [4.0, 4.0, 4.0, 3.0, 2.0]})
-    assert sample.conversation.system == "S"
-    assert turns(sample) == [
+    made = found({"text": text, "label": [-100.0] * 4 + [4.0, 4.0, 4.0, 3.0, 2.0]})
+    assert made.system == "S"
+    assert turns(made) == [
         ("User", "Hi\nthere", None),
         ("Assistant", "Hello.", "helpfulness:4,correctness:4,coherence:4,complexity:3,verbosity:2"),
     ]
     for bad in ("x", "<extra_id_0>System\nS\n<extra_id_1>User\nHi\n", text + "more"):
         with pytest.raises(RecordError, match="malformed transcript"):
-            samples({"text": bad})
+            found({"text": bad})
 
 
 @pytest.mark.parametrize("key", ["prompt", "response"])
 def test_an_empty_text_is_refused(key):
     with pytest.raises(RecordError, match=f"empty text: '{key}' is ' '"):
-        samples({"prompt": "a", "response": "b", key: " "})
+        found({"prompt": "a", "response": "b", key: " "})
 
 
 def test_an_unknown_shape_is_refused_with_the_keys_seen_and_the_shapes_known():

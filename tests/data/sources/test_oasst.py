@@ -25,12 +25,12 @@ def tree(prompt):
 
 
 def texts(raw):
-    return [[found.text for found in path] for path in paths(raw, NEMO12_LANG, REF)]
+    return [[found.turn.text for found in path] for path in paths(raw, NEMO12_LANG, REF)]
 
 
 def line(schema=NEMO12_LANG, **fields):
     ((found,),) = paths(tree(message("Hi", **fields)), schema, REF)
-    return None if found.attributes is None else found.attributes.line
+    return None if found.turn.attributes is None else found.turn.attributes.line
 
 
 def test_every_root_to_leaf_path_comes_out_depth_first_in_file_order():
@@ -115,8 +115,8 @@ def test_another_schema_keeps_its_own_attributes_scale_and_no_language():
 def test_deletion_and_language_are_kept_for_filters():
     raw = tree(message("q", lang="en", replies=[message("a", "assistant", deleted=True, lang="pt-BR")]))
     ((question, response),) = paths(raw, NEMO12_LANG, REF)
-    assert (question.deleted, question.lang) == (False, "en")
-    assert (response.deleted, response.lang) == (True, "pt")
+    assert (question.deleted, question.turn.lang) == (False, "en")
+    assert (response.deleted, response.turn.lang) == (True, "pt")
 
 
 @pytest.mark.parametrize(

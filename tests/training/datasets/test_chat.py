@@ -10,7 +10,7 @@ import torch
 from runs import write_records
 
 from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG
-from steerlm_nemo.errors import ConfigError, RecordError
+from steerlm_nemo.errors import ConfigError, InputError
 from steerlm_nemo.template import ChatTemplate
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 from steerlm_nemo.training.datasets.chat import ChatDataset
@@ -77,7 +77,7 @@ def test_every_unusable_record_is_named_at_once(tmp_path: Path, small_tokenizer:
     lines = path.read_text().splitlines()
     lines[1], lines[3], lines[4] = "{", lines[3].replace("toxicity:0", "toxicity:9"), lines[4].replace("?", "\\ud800")
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(InputError) as caught:
         dataset(path, small_tokenizer)
     first, *named = str(caught.value).split("\n  ")
     assert first.startswith(f"{path}: 3 of 6 records cannot be used; scripts/data_clean.py")
@@ -115,10 +115,10 @@ def test_labels_that_the_schema_does_not_know_are_refused(
 ) -> None:
     """The schema goes into the .nemo, and the server would grade attributes the model never saw."""
     path = write_records(tmp_path / "t2v.jsonl", 2, "TEXT_TO_VALUE")
-    with pytest.raises(RecordError, match=r"t2v.jsonl:1 turn 1: unknown attribute 'quality'.*helpsteer5"):
+    with pytest.raises(InputError, match=r"t2v.jsonl:1 turn 1: unknown attribute 'quality'.*helpsteer5"):
         ChatDataset(path, small_tokenizer, ChatTemplate(), 256, 16, None, HELPSTEER5)
     path.write_text(path.read_text().replace("toxicity:0", "toxicity:9"))
-    with pytest.raises(RecordError, match="toxicity is 9, but it must be 0 to 4"):
+    with pytest.raises(InputError, match="toxicity is 9, but it must be 0 to 4"):
         dataset(path, small_tokenizer)
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG, Attributes
-from steerlm_nemo.data.label_source import LabelSource, completed
+from steerlm_nemo.data.attribute_source import AttributeSource, completed
 from steerlm_nemo.data.preprocessing import Options, preprocess
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting
@@ -90,24 +90,24 @@ def test_completion_fills_what_lacks_in_schema_order_and_lang_stays_last():
 def test_labels_may_come_as_one_object_by_id(tmp_path, form):
     labels = LISTS if form == "lists" else {"quality": {"value": 0.875}, "humor": {"value": 0.5}}
     (tmp_path / "id2label.json").write_text(json.dumps({"m1": labels, "m2": None}, indent=2))
-    source = LabelSource(tmp_path / "id2label.json", NEMO12_LANG, tmp_path)
+    source = AttributeSource(tmp_path / "id2label.json", NEMO12_LANG, tmp_path)
     assert (source.get("m1").line, source.get("m2"), source.get(None)) == ("quality:4,humor:2", None, None)
     assert len(source) == 1
 
 
 def test_a_file_without_usable_labels_is_refused(tmp_path):
     with pytest.raises(InputError, match="nothing in it has a message_id .* labels of helpsteer5"):
-        LabelSource(original(tmp_path / "en.jsonl"), HELPSTEER5, tmp_path)
+        AttributeSource(original(tmp_path / "en.jsonl"), HELPSTEER5, tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     with pytest.raises(InputError, match="labels are taken from oasst-trees, oasst-messages, chat"):
-        LabelSource(tmp_path / "rows.jsonl", NEMO12_LANG, tmp_path)
+        AttributeSource(tmp_path / "rows.jsonl", NEMO12_LANG, tmp_path)
     twice = [
         {"message_id": "m", "text": "", "role": "assistant", "labels": {"quality": {"value": value}}}
         for value in (0, 1)
     ]
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
     with pytest.raises(RecordError, match="twice.jsonl:2: duplicate message_id: m has other labels"):
-        LabelSource(tmp_path / "twice.jsonl", NEMO12_LANG, tmp_path)
+        AttributeSource(tmp_path / "twice.jsonl", NEMO12_LANG, tmp_path)
 
 
 def test_grades_of_people_are_completed_with_those_of_a_model_turn_by_turn(tmp_path):

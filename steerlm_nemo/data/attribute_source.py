@@ -1,4 +1,4 @@
-"""Grades from a second file, joined by message id: what turns a translated OASST into labelled conversations.
+"""Attributes from a second file, joined by message id: what turns a translated OASST into graded conversations.
 
 The second file is OpenAssistant trees or messages in any container, or one JSON object from id to labels::
 
@@ -7,8 +7,8 @@ The second file is OpenAssistant trees or messages in any container, or one JSON
 Or it is a file of chat records (conversation.py), an annotated one for example. Its turns have no ids; there a turn is
 known by its text and all that was said before.
 
-A grade that a message already has is never overwritten. Languages are not taken over: a translation has its own.
-Memory grows with the labelled messages of the second file, some 200 bytes each.
+An attribute that a message already has is never overwritten. Languages are not taken over: a translation has its own.
+Memory grows with the messages of the second file that have attributes, some 200 bytes each.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from typing import Any
 
 from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
 from steerlm_nemo.conversation import RecordRef, Turn
+from steerlm_nemo.data.options import Options
 from steerlm_nemo.data.rows import Lines, require_source
 from steerlm_nemo.data.sources.chat import conversations
 from steerlm_nemo.data.sources.formats import CHAT, OASST_MESSAGES, OASST_TREES, format_of
-from steerlm_nemo.data.sources.oasst import grades
+from steerlm_nemo.data.sources.oasst import attributes_of
 from steerlm_nemo.data.sources.oasst_messages import with_label_map
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import open_bytes
 
 
-class LabelSource:
+class AttributeSource:
     """Attributes by message id. Raises InputError or RecordError: the file cannot be read or a label is bad."""
 
     def __init__(self, source: str | Path, schema: AttributeSchema, scratch_dir: Path) -> None:
         self._lines: dict[str, str] = {}
-        for message_id, attributes, ref in _graded(str(source), schema, scratch_dir):
+        for message_id, attributes, ref in _found(str(source), schema, scratch_dir):
             if attributes.items and self._lines.setdefault(message_id, attributes.line) != attributes.line:
-                raise RecordError(f"{ref}: duplicate message_id: {message_id} has other labels further up")
+                raise RecordError(ref, f"duplicate message_id: {message_id} has other labels further up")
         if not self._lines:
             raise InputError(f"{source}: nothing in it has a message_id (or is a chat) and labels of {schema.name}")
 
@@ -64,44 +65,43 @@ def said_so_far(turns: Sequence[Turn]) -> str:
     return hashlib.blake2b(said.encode("ascii"), digest_size=12).hexdigest()
 
 
-def _graded(source: str, schema: AttributeSchema, scratch_dir: Path) -> Iterator[tuple[str, Attributes, RecordRef]]:
-    """(id, grades, place) of every message that has an id, or of every graded turn of a chat."""
+def _found(source: str, schema: AttributeSchema, scratch_dir: Path) -> Iterator[tuple[str, Attributes, RecordRef]]:
+    """(id, attributes, place) of every message that has an id, or of every turn of a chat that has attributes."""
     require_source(source)
     if (by_id := _id_map(source)) is not None:
         for number, (message_id, labels) in enumerate(by_id.items(), 1):
             ref = RecordRef(source, number)
-            yield message_id, _grades({"labels": labels}, schema, ref), ref
+            yield message_id, _attributes({"labels": labels}, schema, ref), ref
         return
+    options = Options()  # a chat keeps every attribute
     with Lines(source, scratch_dir) as lines:
-        name = format_of((lines[index] for index in range(len(lines))), source).name
+        name = format_of(lines, source).name
         if name not in (OASST_TREES, OASST_MESSAGES, CHAT):
             known = ", ".join((OASST_TREES, OASST_MESSAGES, CHAT))
             raise InputError(f"{source} is of shape {name}; labels are taken from {known}")
-        for index in range(len(lines)):
-            line = lines[index]
-            if line.record is None:
-                raise RecordError(f"{line.ref}: {line.problem}")
+        for line in lines:
+            record = line.require_record()
             if name == CHAT:
-                (sample,) = conversations(line.record, line.ref, None)
-                turns = sample.conversation.turns
+                turns = conversations(record, line.ref, options).turns
                 for number, turn in enumerate(turns, 1):
                     if turn.attributes is not None:
                         values = turn.attributes.as_dict()
                         kept = Attributes(tuple((key, values[key]) for key in schema.names if key in values))
                         yield said_so_far(turns[:number]), kept, line.ref
                 continue
-            pending: list[Any] = [line.record.get("prompt", line.record)]
+            pending: list[Any] = [record.get("prompt", record)]
             while pending:
                 node = pending.pop()
-                if not isinstance(node, Mapping):
-                    raise RecordError(f"{line.ref}: wrong type: a message must be an object")
-                pending.extend(node.get("replies") or [])
+                replies = node.get("replies") or [] if isinstance(node, Mapping) else None
+                if not isinstance(replies, list):
+                    raise RecordError(line.ref, "wrong type: a message must be an object, its replies a list of them")
+                pending.extend(replies)
                 if isinstance(node.get("message_id"), str):
-                    yield node["message_id"], _grades(node, schema, line.ref), line.ref
+                    yield node["message_id"], _attributes(node, schema, line.ref), line.ref
 
 
-def _grades(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -> Attributes:
-    return grades(with_label_map(node, ref).get("labels"), schema, ref)
+def _attributes(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -> Attributes:
+    return attributes_of(with_label_map(node, ref).get("labels"), schema, ref)
 
 
 def _id_map(source: str) -> Mapping[str, Any] | None:
