@@ -65,7 +65,7 @@ class Attributes:
     @property
     def line(self) -> str:
         """The text form; `Attributes.parse(a.line) == a`."""
-        return ",".join(f"{key}:{value}" for key, value in self.items)
+        return ",".join([f"{key}:{value}" for key, value in self.items])
 
     def as_dict(self) -> dict[str, int | str]:
         return dict(self.items)

@@ -11,10 +11,10 @@ Raw form (one line of a chat JSONL file, key order as NeMo's `preprocessing.py` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from json.encoder import c_make_encoder, encode_basestring  # type: ignore[attr-defined]
 from typing import Any, Literal
 
 from steerlm_nemo.attributes import Attributes
@@ -179,8 +179,17 @@ class Pair(ResponseGroup):
         )
 
 
-# As the reference dumps: default separators, non-ASCII literal, key order kept.
-dump_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+def dump_json(value: Any) -> str:
+    """As the reference dumps: default separators, non-ASCII literal, key order kept. ValueError: an infinite number."""
+    return "".join(_chunks(value, 0))
+
+
+def _refuse(value: Any) -> None:
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+# What json.dumps makes anew for every value, which takes it longer than a turn does.
+_chunks = c_make_encoder(None, _refuse, encode_basestring, None, ": ", ", ", False, False, False)
 
 
 def to_lines(conversations: Iterable[Conversation]) -> list[str]:
@@ -191,6 +200,8 @@ def to_lines(conversations: Iterable[Conversation]) -> list[str]:
     """
     dumped: dict[int, str] = {}
     lines = []
+    ends_so_far: tuple[str | None, ...] | None = None
+    end = ""
     for conversation in conversations:
         try:
             if conversation.source is not None:
@@ -199,12 +210,18 @@ def to_lines(conversations: Iterable[Conversation]) -> list[str]:
             for turn in conversation.turns:
                 if id(turn) not in dumped:
                     dumped[id(turn)] = dump_json(_turn_record(turn))
-            # A record that was not read begins with its turns.
-            begin, rest = '{"conversations": [', dump_json(conversation._record()).removeprefix('{"conversations": [')
-            lines.append(begin + ", ".join([dumped[id(turn)] for turn in conversation.turns]) + rest)
+            # A record that was not read begins with its turns; and those of a tree end alike.
+            ends = (conversation.tree_id, conversation.system, conversation.mask, conversation.type)
+            if ends != ends_so_far or conversation.further:
+                ends_so_far = None if conversation.further else ends
+                end = dump_json(conversation._record()).removeprefix(_NO_TURNS)
+            lines.append(_NO_TURNS + ", ".join([dumped[id(turn)] for turn in conversation.turns]) + end)
         except (RecursionError, ValueError) as err:
             raise RecordError(conversation.ref, f"cannot be written as JSON: {err}") from err
     return lines
+
+
+_NO_TURNS = '{"conversations": ['
 
 
 def _turn(raw: Any, ref: RecordRef, index: int) -> Turn:
@@ -237,23 +254,25 @@ def _turn(raw: Any, ref: RecordRef, index: int) -> Turn:
 
 def _turn_record(turn: Turn) -> dict[str, Any]:
     line = None if turn.attributes is None else turn.attributes.line
-    measured = {"label_soft": turn.beliefs, "gt_label": None if turn.truth is None else turn.truth.line}
     if turn.source is None:
         record: dict[str, Any] = {"value": turn.text, "from": turn.role}
         if line is not None or turn.says_null:
             record["label"] = line
         if turn.lang is not None:
             record["lang"] = turn.lang
+        if turn.beliefs is None and turn.truth is None:
+            return record
     else:
         record = {**turn.source, "value": turn.text, "from": turn.role}
-        is_new = line is not None and "label" not in record
-        if line != record.get("label"):
-            record["label"] = line
-        if not is_new and all(value == record.get(key) for key, value in measured.items()):
-            return record
-        for key in measured:  # NeMo's annotator writes them last
+    measured = {"label_soft": turn.beliefs, "gt_label": None if turn.truth is None else turn.truth.line}
+    is_new = line is not None and "label" not in record
+    if line != record.get("label"):
+        record["label"] = line
+    if is_new or any(value != record.get(key) for key, value in measured.items()):
+        for key, value in measured.items():  # NeMo's annotator writes them last
             record.pop(key, None)
-    record.update((key, value) for key, value in measured.items() if value is not None)
+            if value is not None:
+                record[key] = value
     return record
 
 

@@ -168,8 +168,9 @@ MADE_TURNS = st.builds(
 @given(st.lists(MADE_TURNS, min_size=1), st.lists(st.lists(st.integers(0, 9)), max_size=4), st.none() | TEXT, ANYTHING)
 def test_turns_that_conversations_share_are_written_as_if_each_were_alone(turns, picks, tree_id, kept):
     made = [
-        Conversation(SYSTEM_PROMPT, tuple(turns[i % len(turns)] for i in pick), REF, None, "User", tree_id, {"k": kept})
+        Conversation(SYSTEM_PROMPT, tuple(turns[i % len(turns)] for i in pick), REF, None, "User", tree_id, further)
         for pick in picks
+        for further in ({}, {"k": 1}, {"k": True}, {"k": kept}, {})
     ]
     assert to_lines(made) == [dump_record(conversation.to_record()) for conversation in made]
 

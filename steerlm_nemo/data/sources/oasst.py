@@ -90,7 +90,8 @@ def _message_object(node: Any, ref: RecordRef) -> Mapping[str, Any]:
 
 def message_of(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef) -> Message:
     """One message out of its raw object; its replies are not looked at. Raises RecordError."""
-    role, text, lang, labels = (node.get(key) for key in ("role", "text", "lang", "labels"))
+    get = node.get
+    role, text, lang, labels = get("role"), get("text"), get("lang"), get("labels")
     if not isinstance(role, str) or role not in ROLES:
         raise RecordError(ref, f"unknown role: {shown(role)}; a message is from {' or '.join(ROLES)}")
     if not isinstance(text, str):
@@ -100,11 +101,11 @@ def message_of(node: Mapping[str, Any], schema: AttributeSchema, ref: RecordRef)
         if not isinstance(lang, str) or not _LANGUAGE_TAG(lang):
             raise RecordError(ref, f"bad lang: {shown(lang)} is not a language tag such as en or pt-BR")
         lang = lang.split("-")[0]
-    attributes, message_id = _attributes(labels, lang, schema, ref), node.get("message_id")
+    attributes, message_id = _attributes(labels, lang, schema, ref), get("message_id")
     turn = Turn(
         ROLES[role], text, attributes, lang, message_id if isinstance(message_id, str) else None, says_null=False
     )
-    return Message(turn, node.get("deleted") is True)
+    return Message(turn, get("deleted") is True)
 
 
 def _attributes(labels: Any, lang: str | None, schema: AttributeSchema, ref: RecordRef) -> Attributes | None:
