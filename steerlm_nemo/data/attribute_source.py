@@ -27,7 +27,7 @@ from steerlm_nemo.data.sources.chat import conversations
 from steerlm_nemo.data.sources.formats import CHAT, OASST_MESSAGES, OASST_TREES, format_of
 from steerlm_nemo.data.sources.oasst import attributes_of
 from steerlm_nemo.data.sources.oasst_messages import with_label_map
-from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.errors import InputError, RecordError, shown
 from steerlm_nemo.records import open_bytes
 
 
@@ -89,6 +89,10 @@ def _found(source: str, schema: AttributeSchema, scratch_dir: Path) -> Iterator[
                         kept = Attributes(tuple((key, values[key]) for key in schema.names if key in values))
                         yield said_so_far(turns[:number]), kept, line.ref
                 continue
+            if not {"prompt", "message_id", "replies"} & record.keys():
+                raise RecordError(
+                    line.ref, f"neither a message nor a tree of them: keys seen are {shown(sorted(record))}"
+                )
             pending: list[Any] = [record.get("prompt", record)]
             while pending:
                 node = pending.pop()

@@ -166,4 +166,5 @@ def tree_texts(trees: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             message = stack.pop()
             if isinstance(message, Mapping) and isinstance(message.get("text"), str):
                 yield message["text"]
-                stack += reversed(message.get("replies") or [])
+                replies = message.get("replies")
+                stack += reversed(replies if isinstance(replies, list) else ())

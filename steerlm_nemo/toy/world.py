@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from steerlm_nemo.attributes import TOY6
-from steerlm_nemo.conversation import SYSTEM_PROMPT, USER, VALUE_TO_TEXT
+from steerlm_nemo.conversation import SYSTEM_PROMPT, USER, VALUE_TO_TEXT, Conversation, RecordRef, Turn
+from steerlm_nemo.errors import InputError, shown
 
 MAX_GRADE = 4
 HELD_OUT_WORDINGS = 2  # of every animal
@@ -162,9 +163,11 @@ def read_attributes(question: str, response: str) -> dict[str, int | None]:
     in order. A garbled sentence makes only its own attribute unreadable.
 
     Raises:
-        KeyError: the world does not ask this question.
+        InputError: the world does not ask this question.
     """
-    animal_asked = _ANIMAL_ASKED[question]
+    animal_asked = _ANIMAL_ASKED.get(question)
+    if animal_asked is None:
+        raise InputError(f"the toy world never asks {shown(question)}, so its reader cannot read the response")
     sentences = re.findall(r"\S[^.!?]*[.!?]?", response)
     found: dict[str, list[int]] = {name: [] for name in TOY6.names}
     story: list[tuple[int, int]] = []  # (place in the response, position in the story)
@@ -215,10 +218,6 @@ def _message(role: str, text: str, replies: list[dict[str, Any]]) -> dict[str, A
 def held_out_prompts(seed: int) -> Iterator[dict[str, Any]]:
     """The questions that no tree of this seed asks, as chat records that wait for a response."""
     for number, question in enumerate(World.create(seed).held_out):
-        yield {
-            "conversations": [{"value": question, "from": USER}],
-            "tree_id": f"toy-{seed}-held-out-{number:02d}",
-            "system": SYSTEM_PROMPT,
-            "mask": USER,
-            "type": VALUE_TO_TEXT,
-        }
+        turns = (Turn(USER, question, says_null=False),)
+        tree_id = f"toy-{seed}-held-out-{number:02d}"
+        yield Conversation(SYSTEM_PROMPT, turns, RecordRef("toy"), VALUE_TO_TEXT, tree_id=tree_id).to_record()

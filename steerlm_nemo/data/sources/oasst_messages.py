@@ -51,7 +51,7 @@ class MessageTrees:
             if problem:
                 reject(line, problem)
             fate.append(_REJECTED if problem else _UNKNOWN)
-            parent_ids.append(parent_id)
+            parent_ids.append(None if problem else parent_id)
         self._parents = array("q", (_ROOT if parent is None else ids.get(parent, _ORPHAN) for parent in parent_ids))
         for index in range(len(lines)):
             self._follow(index, fate)
