@@ -8,15 +8,11 @@ The shape is told by the keys; --format overrides. One command for all of them, 
 each: shuffle, split, write, account.
 """
 
-import difflib
-import inspect
 import sys
-from typing import Any
-
-import fire
 
 from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.flags import fire_as_typed
 
 
 def preprocessing(
@@ -26,18 +22,17 @@ def preprocessing(
     type: str = "TEXT_TO_VALUE",
     split_ratio: float = 0.95,
     seed: int = 10,
-    *unexpected: Any,
+    *,
     format: str = "auto",
     schema: str = "",
-    lang: Any = (),
+    lang: tuple[str, ...] = (),
     drop_deleted: bool = False,
-    tree_state: Any = (),
+    tree_state: tuple[str, ...] = (),
     labels_from: str = "",
-    fill: Any = "",
-    system: Any = None,
+    fill: str = "",
+    system: str | None = None,
     compat: str = "",
     strict: bool = False,
-    **unknown: Any,
 ) -> None:
     """A dataset -> <prefix>_train.jsonl and <prefix>_val.jsonl; of trees, one record per root-to-leaf path.
 
@@ -59,39 +54,36 @@ def preprocessing(
         compat: nemo1.23 keeps the labels of User turns in VALUE_TO_TEXT and prints what NeMo prints
         strict: stop at the first unusable record
     """
-    refuse_unknown(unexpected, unknown)
     from steerlm_nemo.attributes import load_schema
-    from steerlm_nemo.data.preprocessing import Filters, Options, preprocess
+    from steerlm_nemo.data.options import Filters, Options
+    from steerlm_nemo.data.preprocessing import preprocess
     from steerlm_nemo.records import Accounting
 
     if compat not in ("", "nemo1.23"):
         raise InputError(f"--compat is {compat!r}; the only reference known is nemo1.23")
-    for flag, value, kinds in (("split_ratio", split_ratio, (int, float)), ("seed", seed, (int,))):
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise InputError(f"--{flag} is {value!r}; it must be a number")
-    chosen_schema = load_schema(str(schema)) if schema else None
+    chosen_schema = load_schema(schema) if schema else None
     options = Options(
-        mask_role=str(mask_role),
-        record_type=str(type),
+        mask_role=mask_role,
+        record_type=type,
         schema=chosen_schema,
-        filters=Filters(listed("lang", lang), listed("tree_state", tree_state), bool(drop_deleted)),
+        filters=Filters(lang, tree_state, drop_deleted),
         compat=bool(compat),
-        system=None if system is None else str(system),
+        system=system,
         fill=attributes_given("fill", fill),
     )
-    trees = Accounting.beside(str(output_file_prefix), strict=bool(strict))
+    trees = Accounting.beside(output_file_prefix, strict=strict)
     tally = preprocess(
-        str(input_file),
-        str(output_file_prefix),
+        input_file,
+        output_file_prefix,
         split_ratio=split_ratio,
         seed=seed,
         options=options,
         trees=trees,
-        format_name=str(format),
-        labels_from=str(labels_from) or None,
+        format_name=format,
+        labels_from=labels_from or None,
     )
     asked = {"type": type, "mask_role": mask_role, "split_ratio": split_ratio, "seed": seed, "compat": bool(compat)}
-    trees.save(f"{output_file_prefix}.report.json", input_file=str(input_file), **asked, **tally.as_dict())
+    trees.save(f"{output_file_prefix}.report.json", input_file=input_file, **asked, **tally.as_dict())
     print(f"lang values: {sorted(tally.languages)}")
     print(tally.summary(trees), file=sys.stderr if compat else sys.stdout)
     for part in ("train", "val"):
@@ -103,33 +95,12 @@ def preprocessing(
         )
 
 
-def attributes_given(flag: str, value: Any) -> Attributes:
-    """`quality:4,toxicity:0`, or what fire makes of it. Raises InputError for anything else."""
-    # fire reads one pair as text and several as a tuple of texts.
-    text = ",".join(value) if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else value
+def attributes_given(flag: str, line: str) -> Attributes:
+    """Raises InputError for anything else than an attribute line."""
     try:
-        return Attributes.parse(text if isinstance(text, str) else "?")
+        return Attributes.parse(line)
     except ValueError as err:
-        raise InputError(f"--{flag} is {value!r}; give an attribute line such as violence:0,humor:0") from err
-
-
-def listed(flag: str, value: Any) -> tuple[str, ...]:
-    """`en`, `en,de` or what fire makes of them. Raises InputError for a flag without a value."""
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple):
-        raise InputError(f"--{flag} is {value!r}; give one value or several with commas between them")
-    return tuple(str(item).strip() for item in items)
-
-
-def refuse_unknown(unexpected: tuple[Any, ...], unknown: dict[str, Any]) -> None:
-    """fire would run first and complain about a misspelt flag afterwards."""
-    if unexpected:
-        raise InputError(f"unexpected argument {unexpected[0]!r}; see --help")
-    if unknown:
-        name = min(unknown)
-        known = [p.name for p in inspect.signature(preprocessing).parameters.values() if p.kind != p.VAR_KEYWORD]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise InputError(f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
+        raise InputError(f"--{flag} is {line!r}; give an attribute line such as violence:0,humor:0: {err}") from err
 
 
 def warn(message: str) -> None:
@@ -137,6 +108,4 @@ def warn(message: str) -> None:
 
 
 if __name__ == "__main__":
-    # Where a function takes any flag, fire shows its help only behind a separate `--`.
-    ask_help = {"--help", "-h"} & {*sys.argv[1:]}
-    exit_with_message(lambda: fire.Fire(preprocessing, command=["--", "--help"] if ask_help else None))
+    exit_with_message(lambda: fire_as_typed(preprocessing))

@@ -502,12 +502,14 @@ def test_the_script_takes_filters(tmp_path):
         (["--type=FOO"], "--type is 'FOO'; it must be TEXT_TO_VALUE or VALUE_TO_TEXT"),
         (["--split_ratio=1.5"], "--split_ratio is 1.5"),
         (["--split_ratio=half"], "--split_ratio is 'half'"),
-        (["--seed=1.5"], "--seed is 1.5"),
+        (["--seed=1.5"], "--seed is '1.5'; it must be a whole number"),
         (["--mask_role=user"], "--mask_role is 'user', but the speakers are User and Assistant; did you mean User?"),
         (["--sed=1"], "unknown flag --sed; did you mean --seed?"),
         (["--schema=nemo"], "unknown attribute schema 'nemo'"),
         (["--compat=nemo2"], "--compat is 'nemo2'"),
-        (["--lang"], "--lang is True"),
+        (["--lang"], "--lang needs a value"),
+        (["--system", "--strict"], "--system needs a value"),
+        (["--strict=maybe"], "--strict is 'maybe'"),
         (["--format=oast-trees"], "--format is 'oast-trees'"),
         (["--fill=violence"], "--fill is 'violence'; give an attribute line"),
         (["--labels_from=none.jsonl"], "none.jsonl: no such file"),
@@ -546,3 +548,18 @@ def test_the_script_fills_several_attributes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "out", "train")[0]["conversations"][1]["label"] == "quality:9,violence:0,humor:1"
     assert "attributes filled in: 2" in done.stdout
+
+
+def test_a_flag_is_the_text_that_was_typed(tmp_path):
+    """fire reads it as Python: 20240115, 123, False that is true, a list of which only text is a language."""
+    german = simple_tree("german")
+    german["prompt"]["lang"] = german["prompt"]["replies"][0]["lang"] = "de"
+    write_trees(tmp_path / "0x10", [german, simple_tree("en"), simple_tree("fr")])
+    flags = ("--system=123", "--lang=de,en", "--strict=False", "--split-ratio", "1", "--tree_state=ready_for_export")
+    command = [sys.executable, SCRIPT, "--input_file=0x10", "--output_file_prefix=2024_01_15", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {record["system"] for record in read(tmp_path / "2024_01_15", "train")} == {"123"}
+    assert len(read(tmp_path / "2024_01_15", "train")) == 3
+    report = json.loads((tmp_path / "2024_01_15.report.json").read_text())
+    assert (report["input_file"], report["seed"], report["split_ratio"]) == ("0x10", 10, 1.0)
