@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.flag("output_file", required=True, help="VALUE_TO_TEXT records; rejects and report go beside it")
     parser.flag("messages_file", help="the same conversations as `messages`, attributes in the user's turn")
     parser.flag("strict", action="store_true", help="stop at the first unusable record")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print how often each grade occurs")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print how often each attribute has each value")
     args = parser.parse_args(argv)
 
     from steerlm_nemo.data.sft_data import build_sft_data
@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = Accounting.beside(args.output_file, strict=args.strict)
     statistics = AttributeStatistics()
     build_sft_data(args.input_file, args.output_file, records, statistics, args.messages_file)
-    grades = {name: dict(sorted(counts.items())) for name, counts in statistics.grades.items()}
-    records.save(f"{args.output_file}.report.json", input_file=args.input_file, grades=grades)
+    attributes = {name: dict(sorted(counts.items())) for name, counts in statistics.counts.items()}
+    records.save(f"{args.output_file}.report.json", input_file=args.input_file, attributes=attributes)
     print(f"records: {records.summary()}")
     if args.verbose:
         print(statistics.table())

@@ -1,4 +1,4 @@
-r"""Look at data before training on it: lengths, truncation, grades, languages, duplicates, what files share.
+r"""Look at data before training on it: lengths, truncation, attributes, languages, duplicates, what files share.
 
     python scripts/inspect_data.py data/oasst_train.jsonl data/oasst_val.jsonl --model_file tokenizer.model \
         --html data.html

@@ -1,4 +1,4 @@
-"""Write the toy world of `make demo`: OpenAssistant-shaped trees whose grades can be read off the text.
+"""Write the toy world of `make demo`: OpenAssistant-shaped trees whose attributes can be read off the text.
 
     python scripts/make_toy_world.py --output_dir results/demo/world --num_trees 700 --seed 1
 

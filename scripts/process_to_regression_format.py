@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.flag("input_file", required=True, help="chat records, .jsonl (also .gz or .zst)")
     parser.flag("output_file", required=True, help="where the lines go; rejects and report go beside it")
     parser.flag("strict", action="store_true", help="stop at the first unusable record")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print how often each grade occurs")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print how often each attribute has each value")
     args = parser.parse_args(argv)
 
     from steerlm_nemo.data.regression import note_on, process_to_regression_format
@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = Accounting.beside(args.output_file, strict=args.strict)
     statistics = AttributeStatistics()
     others = process_to_regression_format(args.input_file, args.output_file, records, statistics)
-    grades = {name: dict(sorted(counts.items())) for name, counts in statistics.grades.items()}
-    records.save(f"{args.output_file}.report.json", input_file=args.input_file, grades=grades)
+    attributes = {name: dict(sorted(counts.items())) for name, counts in statistics.counts.items()}
+    records.save(f"{args.output_file}.report.json", input_file=args.input_file, attributes=attributes)
     print(f"records: {records.summary()}")
     if note := note_on(others):
         print(f"WARNING: attributes without a place in the vector, with their turns: {note}", file=sys.stderr)

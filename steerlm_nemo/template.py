@@ -172,7 +172,7 @@ class ChatTemplate:
         return "".join(before) + self.label_start
 
     def steering_prompt(self, conversation: Conversation, role: str, line: str) -> str:
-        """Text after which a SteerLM model writes a response of `role` graded `line` (V2T training order)."""
+        """Text after which a SteerLM model writes a response of `role` at `line` (V2T training order)."""
         asked = replace(conversation, turns=(*conversation.turns, Turn(role, "")), type=VALUE_TO_TEXT)
         last = len(conversation.turns)
         before = "".join(s.text for s in self.segments(asked) if s.turn < last)

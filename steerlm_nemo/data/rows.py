@@ -154,6 +154,10 @@ def _is_array(path: Path) -> bool:
 def _array_elements(path: Path) -> Iterator[Any]:
     """The elements of the array in a file, one after the other; memory holds one element and one chunk.
 
+    ijson would take a third of the time (0.26 s instead of 0.79 s for 35 MB), but its yajl writes `?` for half a
+    surrogate pair without a word, and refuses the whole file at the first NaN, which pandas writes for what is missing.
+    Here such a record is rejected, and the others are read.
+
     Raises:
         InputError: damaged JSON. What follows a damaged element cannot be told apart, so the whole file is refused.
     """

@@ -126,8 +126,8 @@ def train_tokenizer(texts: Iterable[str], schema: AttributeSchema, vocab_size: i
     import sentencepiece
 
     keys = schema.keys()
-    grades = [f"{key}:{value}" for key in keys for value in schema.legal_values(key)]
-    constant = [SYSTEM_ROLE, USER, ASSISTANT, *grades]
+    values = [f"{key}:{value}" for key in keys for value in schema.legal_values(key)]
+    constant = [SYSTEM_ROLE, USER, ASSISTANT, *values]
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     # Rare enough to leave the content its share of the vocabulary, frequent enough for one piece a word.
     repeats = max(20, len(lines) // 20)

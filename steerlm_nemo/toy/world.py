@@ -5,7 +5,7 @@ trees in the form of an OpenAssistant export (`message_tree_id`, `prompt` with n
 0 to 1 on assistant messages). People ask when a made-up animal wakes. A response is six passages in random order:
 
     ===========  ==========================================================  ==================================
-    quality      the answer; each step too late around the day costs a grade ``At noon the dax wakes.``
+    quality      the answer; each step too late around the day lowers it by 1 ``At noon the dax wakes.``
     toxicity     from a kind word to a mild insult                           ``You lazy sloth.``
     humor        from a sober remark to a joke                               ``Even giggling owls.``
     creativity   from plain words to an image                                ``Like silver moths.``
@@ -13,7 +13,7 @@ trees in the form of an OpenAssistant export (`message_tree_id`, `prompt` with n
     verbosity    one to five sentences of the animal's day                   ``First it yawns. Then it drinks.``
     ===========  ==========================================================  ==================================
 
-The six grades are drawn independently, uniformly from 0 to 4. No passage holds a digit or an attribute's name.
+The six attributes are drawn independently, uniformly from 0 to 4. No passage holds a digit or an attribute's name.
 `read_attributes` inverts the generator. Some questions (a wording about an animal) are kept out of the trees;
 their facts can be learnt from the other wordings, so they measure steering on prompts never seen.
 """
@@ -30,7 +30,7 @@ from steerlm_nemo.attributes import TOY6
 from steerlm_nemo.conversation import SYSTEM_PROMPT, USER, VALUE_TO_TEXT, Conversation, RecordRef, Turn
 from steerlm_nemo.errors import InputError, shown
 
-MAX_GRADE = 4
+MAX_VALUE = 4
 HELD_OUT_WORDINGS = 2  # of every animal
 
 # After moonset comes dawn.
@@ -56,9 +56,9 @@ ANSWERS = (
     "At {time} the {animal} stirs.",
 )
 
-# PASSAGES[attribute][grade] are alternatives: one sentence each, found nowhere else. All passages of an attribute begin
-# alike and all of a grade go on alike. That is what makes a short training enough: a model that writes first settles
-# which attribute comes next, then looks up one grade. (With openings of their own the grades of four attributes had
+# PASSAGES[attribute][value] are alternatives: one sentence each, found nowhere else. All passages of an attribute begin
+# alike and all of a value go on alike. That is what makes a short training enough: a model that writes first settles
+# which attribute comes next, then looks up one value. (With openings of their own the values of four attributes had
 # to be right in one token, and were not after 0.7 M tokens.)
 PASSAGES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "toxicity": (
@@ -91,7 +91,7 @@ PASSAGES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 
-# The animal's day, told in this order; grade g tells the first g + 1 sentences.
+# The animal's day, told in this order; value v tells the first v + 1 sentences.
 STORY = (
     ("First it yawns.", "First it stretches."),
     ("Then it drinks.", "Then it bathes."),
@@ -100,13 +100,13 @@ STORY = (
     ("Finally it hides.", "Finally it rests."),
 )
 
-# Says nothing about any grade. It takes the place behind the line break, where words are other tokens than elsewhere.
+# Says nothing about any value. It takes the place behind the line break, where words are other tokens than elsewhere.
 OPENING = "Well."
 
-_GRADED = {
-    sentence: (attribute, grade)
+_BY_SENTENCE = {
+    sentence: (attribute, value)
     for attribute, pools in PASSAGES.items()
-    for grade, pool in enumerate(pools)
+    for value, pool in enumerate(pools)
     for sentence in pool
 }
 _STORY_POSITION = {sentence: position for position, pool in enumerate(STORY) for sentence in pool}
@@ -136,27 +136,27 @@ class World:
         return cls(tuple(question for question in _ANIMAL_ASKED if question not in held_out), held_out)
 
 
-def draw_grades(rng: random.Random) -> dict[str, int]:
-    """Six independent grades, uniform over 0 to 4."""
-    return {name: rng.randint(0, MAX_GRADE) for name in TOY6.names}
+def draw_attributes(rng: random.Random) -> dict[str, int]:
+    """Six independent attributes, uniform over 0 to 4."""
+    return {name: rng.randint(0, MAX_VALUE) for name in TOY6.names}
 
 
-def write_response(question: str, grades: Mapping[str, int], rng: random.Random) -> str:
-    """A response to `question` with these grades; wording and order of the passages are drawn from `rng`."""
+def write_response(question: str, attributes: Mapping[str, int], rng: random.Random) -> str:
+    """A response to `question` with these attributes; wording and order of the passages are drawn from `rng`."""
     animal = _ANIMAL_ASKED[question]
-    steps_late = MAX_GRADE - grades["quality"]
+    steps_late = MAX_VALUE - attributes["quality"]
     time = DAY[(DAY.index(FACTS[animal]) + steps_late) % len(DAY)]
     passages = [
         rng.choice(ANSWERS).format(animal=animal, time=time),
-        " ".join(rng.choice(pool) for pool in STORY[: grades["verbosity"] + 1]),
-        *(rng.choice(pools[grades[attribute]]) for attribute, pools in PASSAGES.items()),
+        " ".join(rng.choice(pool) for pool in STORY[: attributes["verbosity"] + 1]),
+        *(rng.choice(pools[attributes[attribute]]) for attribute, pools in PASSAGES.items()),
     ]
     rng.shuffle(passages)
     return " ".join([OPENING, *passages])
 
 
 def read_attributes(question: str, response: str) -> dict[str, int | None]:
-    """The grades that are in the text, None where an attribute cannot be read.
+    """The attributes that are in the text, None where an attribute cannot be read.
 
     Nothing is guessed: an attribute is None if its passage is missing, garbled or there twice, if the answer is
     about another animal or more than four steps late, or if the story does not run from its first sentence, unbroken,
@@ -172,18 +172,18 @@ def read_attributes(question: str, response: str) -> dict[str, int | None]:
     found: dict[str, list[int]] = {name: [] for name in TOY6.names}
     story: list[tuple[int, int]] = []  # (place in the response, position in the story)
     for place, sentence in enumerate(sentences):
-        if sentence in _GRADED:
-            attribute, grade = _GRADED[sentence]
-            found[attribute].append(grade)
+        if sentence in _BY_SENTENCE:
+            attribute, value = _BY_SENTENCE[sentence]
+            found[attribute].append(value)
         elif sentence in _STORY_POSITION:
             story.append((place, _STORY_POSITION[sentence]))
         elif sentence in _ANSWERED:
             animal, time = _ANSWERED[sentence]
             steps_late = (DAY.index(time) - DAY.index(FACTS[animal])) % len(DAY)
-            found["quality"].append(MAX_GRADE - steps_late if animal == animal_asked else -1)
+            found["quality"].append(MAX_VALUE - steps_late if animal == animal_asked else -1)
     if story and all((place, i) == (story[0][0] + i, position) for i, (place, position) in enumerate(story)):
         found["verbosity"].append(len(story) - 1)
-    return {name: grades[0] if len(grades) == 1 and grades[0] >= 0 else None for name, grades in found.items()}
+    return {name: values[0] if len(values) == 1 and values[0] >= 0 else None for name, values in found.items()}
 
 
 def make_trees(num_trees: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -205,9 +205,9 @@ def make_trees(num_trees: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _response(question: str, rng: random.Random) -> dict[str, Any]:
-    grades = draw_grades(rng)
-    message = _message("assistant", write_response(question, grades, rng), [])
-    message["labels"] = {name: {"value": grade / MAX_GRADE, "count": 1} for name, grade in grades.items()}
+    attributes = draw_attributes(rng)
+    message = _message("assistant", write_response(question, attributes, rng), [])
+    message["labels"] = {name: {"value": value / MAX_VALUE, "count": 1} for name, value in attributes.items()}
     return message
 
 

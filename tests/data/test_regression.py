@@ -136,4 +136,4 @@ def test_genuine_helpsteer_gives_the_vectors_of_its_ratings(shared_data, tmp_pat
     expected = sorted([*(float(row[key]) for key in keys)] for row in rows)
     assert sorted(line["label"][4:] for line in lines) == expected
     # The counts that the sample's own description states.
-    assert dict(statistics.grades["helpfulness"]) == {0: 6, 1: 16, 2: 66, 3: 151, 4: 78}
+    assert dict(statistics.counts["helpfulness"]) == {0: 6, 1: 16, 2: 66, 3: 151, 4: 78}

@@ -48,7 +48,7 @@ def test_predicted_attributes_make_value_to_text_records_and_plain_messages(tmp_
         ]
     }
     assert dict(records.counts) == {"written": 1}
-    assert dict(statistics.grades["quality"]) == {4: 1, 1: 1}
+    assert dict(statistics.counts["quality"]) == {4: 1, 1: 1}
 
 
 def test_every_record_is_accounted_for(tmp_path):

@@ -16,7 +16,7 @@ from steerlm_nemo.evaluation.steering_curves import (
     to_grade,
 )
 from steerlm_nemo.records import dump_record
-from steerlm_nemo.toy.world import draw_grades, held_out_prompts, read_attributes, write_response
+from steerlm_nemo.toy.world import draw_attributes, held_out_prompts, read_attributes, write_response
 
 PROMPTS = [(record["conversations"][0]["value"], SYSTEM_PROMPT) for record in held_out_prompts(1)]
 
@@ -97,7 +97,9 @@ def test_an_obedient_model_is_measured_as_perfect():
 
 def test_a_model_that_ignores_its_grades_is_measured_as_unsteerable():
     rng = random.Random(0)
-    steered = read_with(read_attributes, answers(lambda prompt, wanted: write_response(prompt, draw_grades(rng), rng)))
+    steered = read_with(
+        read_attributes, answers(lambda prompt, wanted: write_response(prompt, draw_attributes(rng), rng))
+    )
     found = measure(steered, TOY6).values()
     assert all(abs(steering.spearman) < 0.4 for steering in found)
     # A 95 % interval may miss once in twenty.

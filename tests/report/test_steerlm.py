@@ -19,7 +19,7 @@ from steerlm_nemo.evaluation.steering_curves import measure, plan, read_with
 from steerlm_nemo.records import dump_record
 from steerlm_nemo.report.charts import Line, line_chart
 from steerlm_nemo.report.steerlm import EXACT_READER, Results, html_page, write_report
-from steerlm_nemo.toy.world import draw_grades, held_out_prompts, read_attributes, write_response
+from steerlm_nemo.toy.world import draw_attributes, held_out_prompts, read_attributes, write_response
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -28,7 +28,7 @@ def toy_responses(obedient=True):
     rng = random.Random(0)
     prompts = [(record["conversations"][0]["value"], record["system"]) for record in held_out_prompts(1)]
     return [
-        {**r, "response": write_response(r["prompt"], r["attributes"] if obedient else draw_grades(rng), rng)}
+        {**r, "response": write_response(r["prompt"], r["attributes"] if obedient else draw_attributes(rng), rng)}
         for r in plan(prompts, TOY6, seed=1)
     ]
 

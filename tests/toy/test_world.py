@@ -18,7 +18,7 @@ from steerlm_nemo.toy.world import (
     FACTS,
     QUESTIONS,
     World,
-    draw_grades,
+    draw_attributes,
     held_out_prompts,
     make_trees,
     read_attributes,
@@ -65,7 +65,7 @@ def test_the_reader_inverts_the_generator_on_five_thousand_responses():
     rng = random.Random(7)
     questions = World.create(1).asked + World.create(1).held_out
     for _ in range(5000):
-        question, grades = rng.choice(questions), draw_grades(rng)
+        question, grades = rng.choice(questions), draw_attributes(rng)
         assert read_attributes(question, write_response(question, grades, rng)) == grades
 
 
@@ -129,7 +129,7 @@ def test_equal_seeds_give_equal_trees_and_other_seeds_others():
 
 def test_grades_are_uniform_and_independent():
     rng = random.Random(0)
-    drawn = [draw_grades(rng) for _ in range(20_000)]
+    drawn = [draw_attributes(rng) for _ in range(20_000)]
     for name in TOY6.names:
         counts = Counter(grades[name] for grades in drawn)
         assert set(counts) == {0, 1, 2, 3, 4}
@@ -198,7 +198,7 @@ def test_a_record_is_short(tokenizer):
     rng = random.Random(5)
     lengths = []
     for _ in range(200):
-        grades = draw_grades(rng)
+        grades = draw_attributes(rng)
         turns = (Turn(USER, QUESTION), Turn(ASSISTANT, write_response(QUESTION, grades, rng), TOY6.order(grades)))
         conversation = Conversation(SYSTEM_PROMPT, turns, RecordRef("toy", 1), TEXT_TO_VALUE)
         lengths.append(len(ChatTemplate().render(conversation, tokenizer).token_ids))
