@@ -223,3 +223,12 @@ def test_the_documentation_names_every_path_and_every_key(documents):
         assert {path.replace("{model}", "NAME") for path in document["paths"]} <= words
     for model, name in ((None, "ChatRequest"), (None, "CompletionRequest"), ("value model", "AnnotateRequest")):
         assert set(documents[model]["components"]["schemas"][name]["properties"]) <= words
+
+
+def test_the_documentation_has_the_defaults_of_the_config():
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    told = dict(re.findall(r"^\| `http\.(\w+)` \| (\d+) \|", text, re.MULTILINE))
+    settings = live.server_config().http
+    assert {key: int(value) for key, value in told.items()} == {
+        key: settings[key] for key in settings if key != "token_file"
+    }

@@ -64,11 +64,6 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    @classmethod
-    def from_json(cls, body: Any, max_prompts: int) -> Self:
-        """The checked body. Raises BadRequest: the first thing in it that has to change."""
-        raise NotImplementedError
-
 
 class Body(Strict):
     """A body of /v1/ or an object in one: null counts as left out."""
@@ -90,6 +85,7 @@ class Body(Strict):
 
     @classmethod
     def from_json(cls, body: Any, max_prompts: int) -> Self:
+        """The checked body. Raises BadRequest: the first thing in it that has to change."""
         try:
             return cls.model_validate(body, context={"max_prompts": max_prompts})
         except ValidationError as err:
@@ -101,9 +97,7 @@ class Body(Strict):
         own = handler.resolve_ref_schema(told)
         required = own.get("required", ())
         properties = own["properties"]
-        own["properties"] = {
-            key: part if key in required else _or_null(part, handler) for key, part in properties.items()
-        }
+        own["properties"] = {key: part if key in required else _or_null(part) for key, part in properties.items()}
         if own.get("additionalProperties") is False:
             own["additionalProperties"] = {"type": "null"}
         return told
@@ -116,7 +110,7 @@ def _keys(model: type[Body]) -> dict[str, None]:
     return dict.fromkeys(sorted(fields, key=lambda name: not fields[name].is_required()))
 
 
-def _or_null(part: JsonSchemaValue, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+def _or_null(part: JsonSchemaValue) -> JsonSchemaValue:
     aside = {key: value for key, value in part.items() if key in ("description", "default", "title")}
     rest = {key: value for key, value in part.items() if key not in aside}
     options = rest.get("anyOf", [rest])
@@ -224,7 +218,7 @@ class _Place:
             if part is None:
                 self.is_whole = False
                 break
-            self.where += f"[{key}]" if isinstance(key, int) else f".{key}" if self.where else key
+            self.where += f"[{key}]" if isinstance(key, int) else f".{key[:100]}" if self.where else key[:100]
             self._schema, self.value = part, value
         return self
 

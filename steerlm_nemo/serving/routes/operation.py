@@ -13,7 +13,8 @@ from steerlm_nemo.engine.protocol import ModelInfo
 from steerlm_nemo.model_kind import ABILITIES_WITHOUT_KIND, SteerLMFormat, kinds_that
 from steerlm_nemo.serving.front_door import FrontDoor
 from steerlm_nemo.serving.http import EngineCalls
-from steerlm_nemo.serving.requests.body import Strict
+from steerlm_nemo.serving.requests.body import Body
+from steerlm_nemo.serving.requests.generate import GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Operation:
     summary: str
     answer: Callable[[Server, Request, Any], Awaitable[Response]]
     returns: Any = None
-    body: type[Strict] | None = None
+    body: type[Body] | type[GenerateRequest] | None = None
     ability: str | None = None
     streams: Any = None
     statuses: tuple[int, ...] = ()  # besides those that all routes of its sort have
