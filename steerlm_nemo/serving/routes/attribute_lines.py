@@ -43,7 +43,9 @@ async def attribute_lines(server: Server, request: Request, body: AttributeLines
     served = server.format()
     given = body.given or [None] * len(body.prompts)
     if len(given) != len(body.prompts):
-        raise BadRequest(f"given has {len(given)} entries for {len(body.prompts)} prompts; it must have one per prompt")
+        raise BadRequest(
+            f"given has {len(given)} entries for {len(body.prompts)} prompts; it must have one entry per prompt"
+        )
     prompts = {f"prompts[{index}]": prompt for index, prompt in enumerate(body.prompts)}
     samples = await asyncio.to_thread(line_samples, prompts, given, server.info, served)
     completions = await server.calls.complete(request, samples)
