@@ -82,8 +82,8 @@ class Server:
 class Stage:
     """Commands, run one after the other while the servers run.
 
-    `folder` belongs to this stage alone; outputs lie in it. A stage in sight has the terminal, runs every time and
-    gives its exit code to the flow.
+    `folder` belongs to this stage alone; outputs lie in it. A stage in sight has the terminal, runs every time,
+    gets `--stages_file`, a JSON file of all stages' seconds, and gives its exit code to the flow.
     """
 
     name: str

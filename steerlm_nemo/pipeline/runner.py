@@ -23,7 +23,7 @@ from steerlm_nemo.pipeline.manifest import MANIFEST, Manifest
 from steerlm_nemo.pipeline.processes import Processes, StageError, free_port
 from steerlm_nemo.records import atomic_output
 
-STAGES_FILE = "stages.json"  # {name: seconds}, for stages in sight
+STAGES_FILE = "stages.json"  # {name: seconds}
 
 
 def run(
@@ -49,10 +49,12 @@ def run(
     code = 0
     for stage in stages:
         if stage.in_sight:
-            with atomic_output(flow.folder / STAGES_FILE) as file:
+            stages_file = flow.folder / STAGES_FILE
+            with atomic_output(stages_file) as file:
                 file.write(json.dumps(manifest.seconds(flow.stages)))
             for command in stage.commands:
-                code = processes.run_in_sight(command, stage.size)
+                # Not in the flow: who types its commands has nobody to measure them.
+                code = processes.run_in_sight((*command, f"--stages_file={stages_file}"), stage.size)
         elif (seconds := _begin(stage, manifest, show)) is not None:
             _run_stage(stage, seconds, manifest, processes, show)
     return code

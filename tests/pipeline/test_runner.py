@@ -267,8 +267,9 @@ def test_fresh_runs_all_again_in_emptied_folders(world, tmp_path):
 
 def test_a_stage_in_sight_runs_every_time_knows_the_times_and_gives_its_exit_code(world, tmp_path):
     source, out = world
-    look = python("import sys; open(sys.argv[2], 'a').write(open(sys.argv[1]).read() + '\\n'); sys.exit(1)")
-    look = (*look, str(out / "stages.json"), str(tmp_path / "seen"))
+    look = "import sys; given = sys.argv[2].removeprefix('--stages_file=');"
+    look += "open(sys.argv[1], 'a').write(open(given).read() + '\\n'); sys.exit(1)"
+    look = python(look, tmp_path / "seen")
     sight = Stage("report", out / "report", (look,), (source,), (), in_sight=True)
     stages = (*two_stages(source, out, tmp_path), sight)
     for _ in range(2):
