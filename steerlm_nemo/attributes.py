@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,11 @@ class AttributeSchema:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(attribute.name for attribute in self.attributes)
+
+    @cached_property
+    def scales(self) -> tuple[tuple[str, int, int], ...]:
+        """(name, minimum, steps above it) of each attribute: for loops that run for every attribute of every turn."""
+        return tuple((one.name, one.minimum, one.maximum - one.minimum) for one in self.attributes)
 
     def keys(self) -> tuple[str, ...]:
         """Attribute names and, where the schema has it, `lang` last: the order of a full line."""

@@ -124,14 +124,13 @@ def attributes_of(labels: Any, schema: AttributeSchema, ref: RecordRef) -> Attri
     items: list[tuple[str, int | str]] = []
     if not labels:
         return Attributes(())
-    for attribute in schema.attributes:
-        name = attribute.name
-        if name not in labels or (label := labels[name]) is None:
+    for name, minimum, steps in schema.scales:
+        if (label := labels.get(name)) is None:
             continue
         value: Any = label.get("value") if isinstance(label, dict) else None
         # By type, as a bool is an int; and this line runs for every label of every message.
         if type(value) not in _NUMBERS or not 0 <= value <= 1:
             raise RecordError(ref, f"bad label: {name} is {shown(label)}; its value must be from 0 to 1")
         # Python rounds half to even, as the reference does: 0.625 * 4 -> 2.
-        items.append((name, attribute.minimum + round(value * (attribute.maximum - attribute.minimum))))
+        items.append((name, minimum + round(value * steps)))
     return Attributes(tuple(items))
