@@ -216,7 +216,7 @@ def test_another_environment_is_refused_with_what_to_do(tmp_path: Path) -> None:
         "error: apex without its CUDA extension",
         "error: megatron-core is 0.11.0, tested is 0.12.3; install megatron-core==0.12.3 with --no-deps",
         f"error: nemo_aligner is imported from {tmp_path}/nemo_aligner/__init__.py",
-        "error: uvicorn is 0.1, needed is uvicorn>=0.30",
+        "error: uvicorn is 0.1, needed is uvicorn<0.55,>=0.30",
     ):
         assert expected in errors
     assert "Traceback" not in errors
