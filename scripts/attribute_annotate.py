@@ -13,7 +13,7 @@ from steerlm_nemo.errors import exit_with_message
 from steerlm_nemo.flags import Flags
 
 COMPAT = "nemo1.23"
-TURNS = "which turns to grade (assistant: a value model never learns grades of user turns; all with --compat)"
+TURNS = "which turns to grade (assistant: a value model never learns attributes of user turns; all with --compat)"
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     flag("host", default="localhost", help="where the value model is served")
     flag("port_num", type=int, default=1424, help="its port")
     flag("endpoints", help="HOST:PORT,HOST:PORT,...: several servers of one model share the work; instead of the two")
-    flag("batch_size", type=int, default=8, help="conversations per request; labels do not depend on it")
+    flag("batch_size", type=int, default=8, help="conversations per request; attributes do not depend on it")
     flag("concurrency", type=int, default=16, help="requests under way at a time, per server")
     flag("process_lang", type=boolean, nargs="?", const=True, default=True, help="write lang, if the model knows it")
     flag("turns", choices=("assistant", "all"), help=TURNS)

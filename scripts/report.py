@@ -3,14 +3,13 @@
     python scripts/report.py --graded_file val_value_output.jsonl --graded_responses_file graded.jsonl \
         --schema nemo12+lang --output_dir results/report
 
---graded_file: turns with human labels (`gt_label`) and the value model's (`label`), by scripts/attribute_annotate.py.
-Responses come from scripts/plan_steering.py and scripts/steered_inference.py; the toy world's are read exactly from
-their text (--responses_file, --schema toy6), others by the value model (--graded_responses_file).
-Exit code 1 if a toy run misses a bar.
+--graded_file: turns with human attributes (`gt_label`) and the value model's (`label`), by
+scripts/attribute_annotate.py. Responses come from scripts/plan_steering.py and scripts/steered_inference.py; the toy
+world's are read exactly from their text (--responses_file, --schema toy6), others by the value model
+(--graded_responses_file). Exit code 1 if a toy run misses a bar.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -55,7 +54,7 @@ def main() -> None:
     else:
         steered = steering.read_graded(args.graded_responses_file, schema)
     log_dirs = {"value model": args.value_log_dir, "SteerLM model": args.steerlm_log_dir}
-    stages = json.loads(Path(args.stages_file).read_text(encoding="utf-8")) if args.stages_file else {}
+    stages = report.read_stages(args.stages_file) if args.stages_file else {}
     results = report.Results(
         toy=toy,
         schema=schema,

@@ -37,7 +37,7 @@ _BRACKET = re.compile(r"[<>\[\]{}|]")
 
 @dataclass(frozen=True)
 class Attributes:
-    """The grades of one turn, in the order they are written. An empty tuple is an empty line, not "ungraded"."""
+    """What was given to one turn, in the order it is written. An empty tuple is an empty line, not "ungraded"."""
 
     items: tuple[tuple[str, int | str], ...]
 

@@ -1,6 +1,6 @@
 """Grading every turn of a chat file with a value model (SteerLM, arXiv:2310.05344, step 2).
 
-Turns are graded in order and a later turn sees the grades given to the earlier ones, as in the reference. Many
+Turns are graded in order and a later turn sees the attributes given to the earlier ones, as in the reference. Many
 conversations are in work at a time; those that begin alike run near each other, so that a server computes what they
 share once. The output keeps the order of the input and gets its name when it is complete.
 """
@@ -59,7 +59,7 @@ class Summary:
 
     counts: turns found `by_line` and `by_slots`; `slots` asked; values `chosen` for the model, `given` by people, and
         given but `unknown` to the model.
-    comparison: with the human labels of graded turns; empty where these were kept.
+    comparison: with the human attributes of graded turns; empty where these were kept.
     """
 
     comparison: Comparison
@@ -89,7 +89,7 @@ class Summary:
             f"one because the model's first choice was not legal{given}"
         ]
         if table := self.comparison.text():
-            lines += ["compared with the labels that were there before:", table]
+            lines += ["compared with the attributes that were there before:", table]
         return "\n".join(lines)
 
 
@@ -106,7 +106,7 @@ def annotate(
 
     `batch_size` conversations go into one request; `servers` says how many requests are under way at a time.
     `allow_rejected` completes the output without the records that cannot be annotated (they stay in the reject
-    file). Where human labels can be compared, OUTPUT.comparison.json and .html are written.
+    file). Where human attributes can be compared, OUTPUT.comparison.json and .html are written.
 
     Raises:
         InputError: the input cannot be read, the servers' model is no value model, or not the one that began.
@@ -160,8 +160,8 @@ def annotate(
             )
         if annotator.num_server_faults:
             raise IncompleteError(
-                f"{annotator.num_server_faults} of {total} records have no grades because the server failed on them "
-                f"({accounting.reasons_text()}); "
+                f"{annotator.num_server_faults} of {total} records have no attributes because the server failed on "
+                f"them ({accounting.reasons_text()}); "
                 f"{accounting.rejects_path} has each with its reason. {output} is not written. Run the same command "
                 f"again when the server is well (the other {len(journal)} are kept)."
             )
@@ -264,9 +264,9 @@ class _Annotator:
             self._accounting.rejected(thread.line.ref, result.problem, thread.line.raw)
             self.num_server_faults += result.server_fault
         else:
-            done = annotated(thread.conversation, thread.grades, self._settings, thread.beliefs)
+            done = annotated(thread.conversation, thread.attributes, self._settings, thread.beliefs)
             self._journal.add(thread.line, done.to_record(), thread.counts)
-        self._num_turns += len(thread.grades)
+        self._num_turns += len(thread.attributes)
         elapsed_s = max(time.monotonic() - self._start, 0.001)
         progress.set_postfix_str(f"{self._num_turns / elapsed_s:.1f} turns/s", refresh=False)
         progress.update()
@@ -302,7 +302,7 @@ class _Annotator:
                 return [_Result(thread, fatal=err) for thread in group]
             if len(group) == 1:
                 return [_Result(group[0], f"not annotated: {err}", server_fault=not refused)]
-            # One record the server cannot take must not cost its neighbours their grades.
+            # One record the server cannot take must not cost its neighbours their attributes.
             return [
                 result
                 for thread in group
@@ -329,7 +329,7 @@ class _Annotator:
                         "scripts/megatron_gpt_eval.py of this project, or run without --soft."
                     )
                 with_lang = self._settings.process_lang
-                thread.grades[index] = graded_line.attributes if with_lang else without_lang(graded_line.attributes)
+                thread.attributes[index] = graded_line.attributes if with_lang else without_lang(graded_line.attributes)
                 if self._settings.soft:
                     thread.beliefs[index] = {
                         key: belief for key, belief in (beliefs or {}).items() if with_lang or key != LANG
@@ -370,4 +370,4 @@ def _write_comparison(output: Path, comparison: Comparison) -> None:
         with atomic_output(f"{output}.comparison.json") as file:
             json.dump(comparison.to_dict(), file, indent=1)
         with atomic_output(f"{output}.comparison.html") as file:
-            file.write(comparison_page(comparison, f"{output.name}: the model's grades against people's"))
+            file.write(comparison_page(comparison, f"{output.name}: the model's attributes against people's"))

@@ -31,10 +31,10 @@ Beliefs = dict[str, dict[str, Any]]  # per key, as POST /v1/attribute_lines answ
 
 @dataclass(frozen=True)
 class AnnotationSettings:
-    """What is written. Two runs with equal settings and equal servers write the same labels.
+    """What is written. Two runs with equal settings and equal servers write the same attributes.
 
     turns: "assistant" grades the turns of every speaker that is not a mask role; "all" grades user turns, too, though
-        a value model is not trained on their labels.
+        a value model is not trained on their attributes.
     mode: "line" asks once per turn for the whole line; "slots" once per value.
     output_type: "keep" leaves `type` as it is. "VALUE_TO_TEXT" makes the output ready for training the SteerLM
         model; turns that were not graded then get a null label, as preprocessing writes them.
@@ -80,7 +80,7 @@ class AnnotatedThread:
         self.wanted = wanted_turns(conversation, settings)
         self.given: dict[int, dict[str, int | str]] = {index: {} for index in self.wanted}
         keys = [key for key in served.schema.keys() if settings.process_lang or key != LANG]  # noqa: SIM118
-        self.grades: dict[int, Attributes] = {}
+        self.attributes: dict[int, Attributes] = {}
         self.beliefs: dict[int, Beliefs] = {}
         self.counts: Counter[str] = Counter()
         if settings.only_missing:
@@ -98,15 +98,15 @@ class AnnotatedThread:
         self._next = 0
         for index in list(self.wanted):
             if len(self.given[index]) == len(keys):  # nothing is missing
-                self.grades[index] = served.schema.order(self.given[index])
+                self.attributes[index] = served.schema.order(self.given[index])
                 self.counts["given"] += len(keys)
-        self.to_ask = [index for index in self.wanted if index not in self.grades]
+        self.to_ask = [index for index in self.wanted if index not in self.attributes]
 
     def prompt(self, index: int) -> str:
         """What T2V training puts before this turn's label (`ChatTemplate.annotation_prompt`); asked in turn order."""
         while self._next < index:
             self._text += self.texts[self._next + 1]
-            attributes = self.grades.get(self._next, self.conversation.turns[self._next].attributes)
+            attributes = self.attributes.get(self._next, self.conversation.turns[self._next].attributes)
             if attributes is not None:
                 self._text += self._template.label_start + attributes.line + self._template.end_of_name
             self._next += 1

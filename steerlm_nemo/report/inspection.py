@@ -80,12 +80,12 @@ def _facts(file: Inspection, seq_lens: Sequence[int]) -> dict[str, Any]:
         "responses": file.num_responses,
         "attributes": {
             name: {
-                "count": grades.total(),
-                "coverage": _share(grades.total(), file.num_responses),
-                "mean": round(_mean(grades), 4),
-                "grades": {str(grade): grades[grade] for grade in sorted(grades)},
+                "count": values.total(),
+                "coverage": _share(values.total(), file.num_responses),
+                "mean": round(_mean(values), 4),
+                "grades": {str(value): values[value] for value in sorted(values)},
             }
-            for name, grades in counts.items()
+            for name, values in counts.items()
         },
         "correlation": {
             one: {
@@ -188,10 +188,10 @@ def _attributes(files: Sequence[Inspection]) -> Rows:
     rows: Rows = [("attribute of responses", "file", "graded", "mean", "values")]
     for name in _attribute_names(files):
         for file in files:
-            if grades := file.attributes.counts().get(name):
-                each = "  ".join(f"{grade}: {grades[grade] / grades.total():.1%}" for grade in sorted(grades))
-                graded = _of(grades.total(), file.num_responses)
-                rows.append((name, _short(file.name, files), graded, f"{_mean(grades):.2f}", each))
+            if values := file.attributes.counts().get(name):
+                each = "  ".join(f"{value}: {values[value] / values.total():.1%}" for value in sorted(values))
+                graded = _of(values.total(), file.num_responses)
+                rows.append((name, _short(file.name, files), graded, f"{_mean(values):.2f}", each))
     return rows
 
 

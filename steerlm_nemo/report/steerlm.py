@@ -11,9 +11,10 @@ from typing import Any
 from markupsafe import Markup
 
 from steerlm_nemo.attributes import AttributeSchema
+from steerlm_nemo.errors import InputError
 from steerlm_nemo.evaluation.grading import Grading
 from steerlm_nemo.evaluation.steering_curves import Steered, Steering
-from steerlm_nemo.records import atomic_output
+from steerlm_nemo.records import atomic_output, require_file
 from steerlm_nemo.report.charts import Line, line_chart
 from steerlm_nemo.report.pages import render
 
@@ -21,7 +22,7 @@ MIN_EXACT_MATCH = 0.85
 MIN_SPEARMAN = 0.8
 
 EXACT_READER = "the toy world's exact reader of the text"
-VALUE_MODEL_READER = "the value model's own grades of the responses"
+VALUE_MODEL_READER = "the value model's own attributes of the responses"
 
 
 @dataclass(frozen=True)
@@ -141,3 +142,14 @@ def _rounded(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_rounded(value) for value in data]
     return data
+
+
+def read_stages(path: str | Path) -> dict[str, float]:
+    """Seconds by name of a stage, in order. Raises InputError for anything but a JSON object of numbers."""
+    try:
+        stages = json.loads(require_file(path).read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise InputError(f"{path}: not JSON: {err}") from err
+    if not isinstance(stages, dict) or not all(type(seconds) in (int, float) for seconds in stages.values()):
+        raise InputError(f'{path}: a JSON object of stages and their seconds is needed, such as {{"clean": 1.5}}')
+    return stages

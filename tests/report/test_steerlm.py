@@ -18,7 +18,7 @@ from steerlm_nemo.evaluation.losses import read_losses
 from steerlm_nemo.evaluation.steering_curves import measure, plan, read_with
 from steerlm_nemo.records import dump_record
 from steerlm_nemo.report.charts import Line, line_chart
-from steerlm_nemo.report.steerlm import EXACT_READER, Results, html_page, write_report
+from steerlm_nemo.report.steerlm import EXACT_READER, Results, html_page, read_stages, write_report
 from steerlm_nemo.toy.world import draw_attributes, held_out_prompts, read_attributes, write_response
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -227,3 +227,22 @@ def test_unusable_flags_are_told_and_nothing_is_written(flags, message, tmp_path
     result = run(SCRIPTS / "report.py", *flags, "--output_dir", tmp_path / "out")
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[1]", "a JSON object of stages and their seconds is needed"),
+        ('{"clean": "fast"}', "a JSON object of stages and their seconds is needed"),
+    ],
+)
+def test_a_wrong_file_of_stages_is_refused_with_its_reason(tmp_path, content, message):
+    path = tmp_path / "stages.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_stages(path)
+    path.write_text('{"clean": 1.5, "train": 2}')
+    assert read_stages(path) == {"clean": 1.5, "train": 2}

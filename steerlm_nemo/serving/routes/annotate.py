@@ -53,7 +53,7 @@ async def annotate(server: Server, request: Request, body: AnnotateRequest) -> R
         completions = await server.calls.complete(request, samples)
         lines = lines_of(completions, server.info, served)
         for (thread, index), line, completion in zip(rows, lines, completions, strict=True):
-            thread.grades[index] = Attributes.parse(line)
+            thread.attributes[index] = Attributes.parse(line)
             if settings.soft:
                 chosen = chosen_values(completion, thread.given[index], served)
                 thread.beliefs[index] = {key: dict(value) for key, value in chosen.items()}
@@ -64,7 +64,7 @@ async def annotate(server: Server, request: Request, body: AnnotateRequest) -> R
             for conversation, thread in zip(body.conversations, threads, strict=True)
         ],
         "model": server.info.identity,
-        "num_turns": sum(len(thread.grades) for thread in threads),
+        "num_turns": sum(len(thread.attributes) for thread in threads),
         "num_overruled": num_overruled,
     }
     return json_response(answer)
@@ -113,7 +113,7 @@ def _samples(rows: Sequence[tuple[AnnotatedThread, int]], info: ModelInfo, serve
 
 def _annotated(conversation: Conversation, thread: AnnotatedThread, settings: AnnotationSettings) -> dict[str, Any]:
     """The conversation as it came, with its attributes."""
-    done = annotated(thread.conversation, thread.grades, settings, thread.beliefs)
+    done = annotated(thread.conversation, thread.attributes, settings, thread.beliefs)
     if conversation.messages is None:
         return done.to_record()
     messages = [dict(message) for message in conversation.sent["messages"]]
