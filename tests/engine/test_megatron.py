@@ -103,29 +103,41 @@ def test_greedy_output_is_nemos_token_by_token_in_any_company(
         assert all(len(row) == 3 and row[0][1] >= row[1][1] >= row[2][1] for row in best)
 
 
+def differences(ours: Any, theirs: Any) -> list[float]:
+    """Of all token log-probabilities, largest last."""
+    found = []
+    for mine, other in zip(ours, theirs, strict=True):
+        for span, expected in zip(mine, other, strict=True):
+            found += [abs(a - b) for a, b in zip(span, expected, strict=True)]
+    return sorted(found)
+
+
+def assert_near(ours: Any, theirs: Any) -> None:
+    """As near as fp32 comes to the exact value: of 2,232 tokens of this model, whose log-probabilities go down to -27,
+    transformers' own fp32 has 99 % within 8.1e-6, and 6 over 1e-5 (our largest is 5e-5). The control is over 1e-3."""
+    found = differences(ours, theirs)
+    assert found[len(found) * 98 // 100] < 1e-5
+    assert found[-1] < 1e-4
+
+
 @pytest.fixture(scope="module")
-def hugging_face_scores(genuine_checkpoint: Path) -> list[list[tuple[float, ...]]]:
-    """Of the same requests, each span by a forward pass of its own."""
+def exact_scores(genuine_checkpoint: Path) -> list[tuple[tuple[float, ...], ...]]:
+    """Hugging Face's in float64, of the same requests, each span by a forward pass of its own."""
     engine = HFEngine.load(genuine_checkpoint)
+    engine.model.double()
     requests = score_requests(all_prompts(genuine_checkpoint), engine.info.tokenizer)
-    return [list(scores.token_logprobs) for scores in score(engine, requests)]
+    return [scores.token_logprobs for scores in score(engine, requests)]
 
 
 @pytest.mark.slow
 @EVERY_ENGINE
 @pytest.mark.parametrize("company", ["together", "alone", "span by span", "mixed"])
-def test_spans_have_hugging_faces_log_probabilities_in_any_company(
-    by_tp_size: dict[int, Any], hugging_face_scores: list[Any], tp_size: int, engine: str, company: str
+def test_spans_have_the_models_log_probabilities_in_any_company(
+    by_tp_size: dict[int, Any], exact_scores: list[Any], tp_size: int, engine: str, company: str
 ) -> None:
     ours = by_tp_size[tp_size][engine]["scores"][company]
-    for mine, theirs in zip(ours, hugging_face_scores, strict=True):
-        for span, expected in zip(mine, theirs, strict=True):
-            # For tokens of a probability under e^-10, a millionth: the logits then have fewer digits behind the point.
-            assert span == pytest.approx(expected, abs=1e-5, rel=1e-6)
-    others = by_tp_size[3 - tp_size]["reused"]["scores"]["alone"]
-    assert [span for spans in ours for span in spans] == [
-        pytest.approx(span, abs=1e-5, rel=1e-6) for spans in others for span in spans
-    ]
+    assert_near(ours, exact_scores)
+    assert_near(ours, by_tp_size[3 - tp_size]["reused"]["scores"]["alone"])
 
 
 @pytest.mark.slow
@@ -148,8 +160,9 @@ def test_the_bound_tells_a_span_from_the_same_span_after_another_prompt(
     for mine, request in zip(ours, requests, strict=True):
         if len(request.prompt_ids) > 1:
             (wrong,) = score(engine, [ScoreRequest(request.prompt_ids[1:], request.spans)])
-            differences = [abs(a - b) for a, b in zip(mine[0], wrong.token_logprobs[0], strict=True)]
-            assert max(differences) > 1e-3
+            assert differences([mine], [wrong.token_logprobs])[-1] > 1e-3
+            with pytest.raises(AssertionError):
+                assert_near([mine], [wrong.token_logprobs])
 
 
 @pytest.mark.slow
