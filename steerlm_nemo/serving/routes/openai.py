@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
@@ -232,7 +233,7 @@ class _Row:
         return new, told
 
 
-class _Form:
+class _Form(ABC):
     """How an endpoint spells its answers."""
 
     whole: str  # `object` of an answer
@@ -248,14 +249,17 @@ class _Form:
             "system_fingerprint": info.identity or None,
         }
 
+    @abstractmethod
     def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole choice, without its number and its end."""
 
+    @abstractmethod
     def delta(self, text: str | None, logprobs: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a choice has grown by; `text` is None where it has ended."""
 
+    @abstractmethod
     def logprobs(self, tokens: Sequence[tuple[int, TokenMade]], first_place: int) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """Of these tokens, whose texts begin at the given places; None where they have none."""
 
     def spell(self, token_id: int) -> tuple[str, bytes]:
         utf8 = token_bytes(self.info.tokenizer, token_id)
