@@ -32,7 +32,8 @@ def main() -> None:
     args = parse_args()
     from steerlm_nemo.pipeline.flow import load_flow
     from steerlm_nemo.pipeline.launcher import ThisMachine
-    from steerlm_nemo.pipeline.runner import run, stop_like_ctrl_c
+    from steerlm_nemo.pipeline.processes import stop_like_ctrl_c
+    from steerlm_nemo.pipeline.runner import run
     from steerlm_nemo.records import require_file
 
     if args.data is not None:

@@ -40,7 +40,8 @@ def main() -> None:
     args = parse_args()
     from steerlm_nemo.pipeline.flow import load_flow
     from steerlm_nemo.pipeline.launcher import SlurmJob, ThisMachine
-    from steerlm_nemo.pipeline.runner import run, stop_like_ctrl_c
+    from steerlm_nemo.pipeline.processes import stop_like_ctrl_c
+    from steerlm_nemo.pipeline.runner import run
     from steerlm_nemo.pipeline.shell import shell_script
 
     flow = load_flow(args.flow, args.settings)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -39,6 +40,26 @@ class StageError(SteerLMError):
 
 class StoppedEarlyError(StageError):
     """A command was stopped in time, by a signal or its time limit, and the same flow goes on."""
+
+
+_stop_requested = threading.Event()
+
+
+def stop_like_ctrl_c() -> None:
+    """Let SIGTERM, too, end the commands and servers; and a shell that starts us in the background ignores SIGINT."""
+
+    def stop(number: int, frame: object) -> None:
+        _stop_requested.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _raise_if_stopped() -> None:
+    # Python drops what a handler raises inside the callbacks around a fork, and a process is started with some.
+    if _stop_requested.is_set():
+        raise KeyboardInterrupt
 
 
 class Processes:
@@ -76,6 +97,7 @@ class Processes:
             deadline = time.monotonic() + SERVER_START_S
             progress = _Progress(self._show)
             while not _healthy(port):
+                _raise_if_stopped()
                 if process.poll() is not None or time.monotonic() > deadline:
                     why = "ended" if process.poll() is not None else f"did not answer within {SERVER_START_S:.0f} s"
                     command = self._shell(server.command, server.size, ports)
@@ -90,6 +112,7 @@ class Processes:
         self, command: Sequence[str], size: Size, ports: Mapping[str, int], log_name: str | None
     ) -> Iterator[subprocess.Popen[bytes]]:
         """A process that has ended when the block has. Its own session: only we pass signals on, once."""
+        _raise_if_stopped()
         argv = [with_ports(word, ports) for word in self._launcher.argv(command, size)]
         with contextlib.ExitStack() as stack:
             file = None
@@ -114,6 +137,7 @@ class Processes:
         """Wait for the end, showing the newest line of the log now and then."""
         progress = _Progress(self._show)
         while True:
+            _raise_if_stopped()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=1.0)
                 progress.clear()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -58,12 +57,6 @@ def run(
         elif (seconds := _begin(stage, manifest, show)) is not None:
             _run_stage(stage, seconds, manifest, processes, show)
     return code
-
-
-def stop_like_ctrl_c() -> None:
-    """Let SIGTERM, too, end the commands and servers; and a shell that starts us in the background ignores SIGINT."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
 
 
 def _begin(stage: Stage, manifest: Manifest, show: IO[str]) -> dict[str, float] | None:

@@ -211,4 +211,4 @@ def test_the_whole_flow_runs_on_two_ranks_and_makes_both_models(cluster: Cluster
         shown = subprocess.run(
             [sys.executable, ROOT / "scripts" / "inspect_nemo.py", nemo], check=True, capture_output=True, text=True
         )
-        assert re.search(rf"kind +{kind}\n", shown.stdout), shown.stdout
+        assert re.search(rf"kind +{kind}: ", shown.stdout), shown.stdout
