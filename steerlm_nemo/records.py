@@ -241,27 +241,48 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 @dataclass
 class Accounting:
-    """Where every record read has gone. Rejected records are kept in a file beside the output."""
+    """Where every record read has gone. Rejected records are kept in a file beside the output.
+
+    A run that fails leaves the outputs of an earlier one, and so the reject file that belongs to them: its own rejects
+    are then in a file ending in `.rejects.new.jsonl`. `rejects_path` is always where those of this run are.
+    """
 
     rejects_path: Path
     strict: bool = False
+    outputs: tuple[Path, ...] = ()  # what the records are written to
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     first_rejected: str | None = None  # with its place
     _file: IO[str] | None = None
+    _earlier: Path | None = None  # the reject file of outputs that are there
 
     @classmethod
     def beside(cls, output: str | Path, strict: bool = False) -> Accounting:
-        return cls(Path(f"{output}.rejects.jsonl"), strict)
+        return cls(Path(f"{output}.rejects.jsonl"), strict, (Path(output),))
 
     def __enter__(self) -> Accounting:
-        # An old reject file would describe another run.
+        if self.earlier_outputs:
+            self._earlier = self.rejects_path
+            self.rejects_path = self.rejects_path.with_suffix(".new.jsonl")
+        # Of a run that wrote nothing else.
         self.rejects_path.unlink(missing_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
+        if self._earlier is None or err is not None:
+            return
+        if self._file is not None:
+            self.rejects_path.replace(self._earlier)
+        else:
+            self._earlier.unlink(missing_ok=True)
+        self.rejects_path = self._earlier
+
+    @property
+    def earlier_outputs(self) -> bool:
+        """Whether an earlier run's output is there."""
+        return any(output.exists() for output in self.outputs)
 
     def written(self) -> None:
         self.counts["written"] += 1

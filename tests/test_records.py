@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steerlm_nemo.conversation import RecordRef
-from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.errors import IncompleteError, InputError, RecordError
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, read_records, require_other_file
 
 JSON = st.recursive(
@@ -145,6 +145,33 @@ def test_rejects_of_an_earlier_run_are_not_kept(tmp_path):
     with Accounting.beside(tmp_path / "out.jsonl"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("old", [b"old", None])
+@pytest.mark.parametrize("num_rejected", [0, 2])
+@pytest.mark.parametrize("failure", [InputError("no"), IncompleteError("some"), KeyboardInterrupt()])
+def test_a_failed_run_leaves_the_rejects_of_the_output_that_stays(tmp_path, old, num_rejected, failure):
+    write(tmp_path / "out.jsonl", b"{}")
+    kept = tmp_path / "out.jsonl.rejects.jsonl"
+    if old:
+        write(kept, old)
+    records = Accounting.beside(tmp_path / "out.jsonl")
+    with pytest.raises(type(failure)), records:
+        for number in range(num_rejected):
+            records.rejected(RecordRef("in.jsonl", number), "not JSON", b"{")
+        told = records.summary()
+        raise failure
+    assert kept.exists() == bool(old) and (not old or kept.read_bytes() == old)
+    own = tmp_path / "out.jsonl.rejects.new.jsonl"
+    assert own.exists() == bool(num_rejected)
+    assert (f"rejected records are in {own}" in told) == bool(num_rejected)
+
+    # The next one that ends well has the one name, and what the failed one left is gone.
+    with Accounting.beside(tmp_path / "out.jsonl") as records:
+        records.rejected(RecordRef("in.jsonl", 9), "not JSON", b"{")
+    assert '"in.jsonl:9"' in kept.read_text()
+    assert records.summary().endswith(f"rejected records are in {kept}")
+    assert not own.exists()
 
 
 def test_a_file_is_never_written_over_what_it_is_made_from(tmp_path):

@@ -178,9 +178,9 @@ def annotate(
             )
         summary = _write(source, output, journal, settings, served.schema)
         summary.num_resumed, summary.seconds = num_resumed, time.monotonic() - start
-        summary.num_rejected, summary.rejects_path = num_rejected, accounting.rejects_path
         _write_comparison(output, summary.comparison)
         journal.delete()
+    summary.num_rejected, summary.rejects_path = num_rejected, accounting.rejects_path
     return summary
 
 

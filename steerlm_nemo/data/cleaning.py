@@ -155,7 +155,8 @@ def clean_file(
 
     Args:
         records: counts each record as written, filtered (with the reason) or rejected.
-        report: a JSON file for counts and reasons; written even if nothing is left.
+        report: a JSON file for counts and reasons; written even if nothing is left, but not over the report of an
+            output that stays.
         on_record: called with each record's index and, where it is not written, why.
         num_workers: processes that do the work; nothing else depends on it.
 
@@ -182,7 +183,7 @@ def clean_file(
                 records.rejected(outcome.rejected_ref, str(outcome.reason), outcome.rejected_raw)
             findings += outcome.findings
             on_record(index, outcome.reason)
-        if report is not None:
+        if report is not None and (records.counts["written"] or not records.earlier_outputs):
             _write_report(report, dataset_file, output_file, cleaner, records, findings)
         if not records.counts["written"]:
             raise IncompleteError(

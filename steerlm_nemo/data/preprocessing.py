@@ -143,6 +143,7 @@ def preprocess(
     require_source(input_file)
     for output in outputs.values():
         require_other_file(output, input_file)
+    trees.outputs = tuple(outputs.values())
     allow_deep_json()
 
     from tqdm import tqdm

@@ -210,6 +210,21 @@ def test_a_file_without_a_record_to_train_on_is_an_error_with_a_report(tmp_path,
     assert json.loads(report.read_text())["filtered"] == 2
 
 
+def test_a_run_that_leaves_nothing_keeps_rejects_and_report_of_the_earlier_one(tmp_path, small_tokenizer):
+    source, output, report = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "report.json"
+    cleaner = Cleaner(ChatTemplate(), small_tokenizer, 256)
+    for content in ([SHORT, {"conversations": []}], [{"conversations": []}], [BEYOND]):
+        write(source, content)
+        if content[0] is SHORT:
+            clean_file(source, output, cleaner, Accounting.beside(output), report)
+            names = ("out.jsonl", "report.json", "out.jsonl.rejects.jsonl")
+            before = {name: (tmp_path / name).read_bytes() for name in names}
+        else:
+            with pytest.raises(IncompleteError, match="nothing is left"):
+                clean_file(source, output, cleaner, Accounting.beside(output), report)
+            assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
 def test_the_report_has_the_counts_and_the_template(tmp_path, small_tokenizer):
     report = tmp_path / "report.json"
     _, _, findings = clean(tmp_path, [SHORT, BEYOND, LAST_BEYOND], small_tokenizer, report=report)

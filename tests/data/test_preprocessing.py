@@ -563,3 +563,30 @@ def test_a_flag_is_the_text_that_was_typed(tmp_path):
     assert len(read(tmp_path / "2024_01_15", "train")) == 3
     report = json.loads((tmp_path / "2024_01_15.report.json").read_text())
     assert (report["input_file"], report["seed"], report["split_ratio"]) == ("0x10", 10, 1.0)
+
+
+def every_file(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        b'{"instruction": "a", "context": "b", "response": "c"}\n',  # unknown shape
+        b'{"messages": [{"role": "user", "content": null}]}\n',  # nothing to write
+        b"PAR1 but no Parquet",
+        b"",
+    ],
+)
+def test_a_refused_run_leaves_everything_of_the_earlier_one(tmp_path, refused):
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b"{\n" + json.dumps(simple_tree("t")).encode())
+    trees, _ = run(source, tmp_path / "out")
+    assert trees.counts["rejected"] == 1
+    source.write_bytes(refused)
+    before = every_file(tmp_path)
+    with pytest.raises(InputError):
+        run(source, tmp_path / "out")
+    after = every_file(tmp_path)
+    after.pop("out.rejects.new.jsonl", None)
+    assert after == before
