@@ -179,6 +179,32 @@ class Pair(ResponseGroup):
         )
 
 
+# What other chat formats say of the loss of a message: OpenAI and mistral-finetune, axolotl, ms-swift.
+LOSS_KEYS = ("weight", "train", "training", "loss")
+
+
+def require_loss(message: Mapping[str, Any], ref: RecordRef, turn: int) -> None:
+    """Refuse a message to be learnt that is marked otherwise: a record masks speakers, not single turns.
+
+    Raises:
+        RecordError: one of `LOSS_KEYS` is neither null nor 1.
+    """
+    for key in LOSS_KEYS:
+        if message.get(key) not in (None, 1):  # True is 1
+            raise RecordError(
+                ref,
+                f"not to be learnt: {key!r} of turn {turn} is {shown(message[key])}, but a record can only leave out "
+                f"the loss of all that a speaker says. End the conversation before it, or take {key!r} away",
+            )
+
+
+def require_every_loss(conversation: Conversation) -> None:
+    """As `require_loss`, of all the turns of a record that training learns from."""
+    for number, turn in enumerate(conversation.turns):
+        if turn.source is not None and turn.role not in conversation.mask_roles:
+            require_loss(turn.source, conversation.ref, number)
+
+
 def dump_json(value: Any) -> str:
     """As the reference dumps: default separators, non-ASCII literal, key order kept. ValueError: an infinite number."""
     return "".join(_chunks(value, 0))

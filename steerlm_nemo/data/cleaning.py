@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from steerlm_nemo.conversation import Conversation, RecordRef, to_lines
+from steerlm_nemo.conversation import Conversation, RecordRef, require_every_loss, to_lines
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError
 from steerlm_nemo.records import (
     Accounting,
@@ -62,6 +62,7 @@ class Cleaner:
             RecordError: it is not a conversation.
         """
         conversation = Conversation.from_record(line.require_record(), line.ref)
+        require_every_loss(conversation)
         rendered = self.template.render(conversation, self.tokenizer)
         speakers = {turn.role for turn in conversation.turns}
         if not speakers.issuperset(conversation.mask_roles):

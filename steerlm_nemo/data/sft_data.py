@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.attributes import LANG
-from steerlm_nemo.conversation import ASSISTANT, USER, VALUE_TO_TEXT, Conversation, Turn, to_lines
+from steerlm_nemo.conversation import (
+    ASSISTANT,
+    USER,
+    VALUE_TO_TEXT,
+    Conversation,
+    Turn,
+    require_every_loss,
+    to_lines,
+)
 from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
@@ -49,6 +57,7 @@ def build_sft_data(
         for line in read_lines(input_file):
             try:
                 conversation = Conversation.from_record(line.require_record(), line.ref)
+                require_every_loss(conversation)
                 responses = [turn for turn in conversation.turns if turn.role not in conversation.mask_roles]
                 values = [_values_of(turn) for turn in responses]
                 if not all(values) or not values:

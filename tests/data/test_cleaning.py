@@ -135,6 +135,16 @@ def test_unusable_records_are_rejected_and_the_sums_add_up(tmp_path, small_token
         assert reason in reject["reason"]
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_record_with_a_response_that_is_not_to_be_learnt_is_rejected(tmp_path, small_tokenizer, mark):
+    marked, harmless = ({**SHORT, "conversations": [dict(turn) for turn in SHORT["conversations"]]} for _ in range(2))
+    marked["conversations"][1] |= mark
+    harmless["conversations"][0] |= mark
+    stay, counts, _ = clean(tmp_path, [marked, harmless], small_tokenizer)
+    assert stay == [harmless]
+    assert dict(counts.reasons) == {"not a conversation": 1}
+
+
 def test_strict_stops_at_the_first_unusable_record(tmp_path, small_tokenizer):
     with pytest.raises(RecordError, match=r"in\.jsonl:2"):
         clean(tmp_path, [SHORT, {"conversations": []}], small_tokenizer, strict=True)

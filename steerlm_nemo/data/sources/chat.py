@@ -11,20 +11,27 @@ Raw records, one of these a line::
 
 A record of our own flow (conversation.py) is a `conversations` record; it keeps its system prompt, mask, tree_id and
 attributes, all of them unless a schema is asked for. A system message may stand at the start only. Parts of a text are
-joined as they are.
+joined as they are. A response marked as not to be learnt (`weight` 0, `train` false) makes the record unusable, and so
+does a message without a text whose meaning is elsewhere (`tool_calls`). `unread` tells what else is left behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from steerlm_nemo.attributes import Attributes, AttributeSchema
-from steerlm_nemo.conversation import SYSTEM_PROMPT, Conversation, RecordRef, Turn
+from steerlm_nemo.conversation import LOSS_KEYS, SYSTEM_PROMPT, USER, Conversation, RecordRef, Turn, require_loss
 from steerlm_nemo.data.options import Options
-from steerlm_nemo.data.sources.adapter import SYSTEM, attributes_at, checked, conversation, speaker
+from steerlm_nemo.data.sources.adapter import SPEAKERS, SYSTEM, attributes_at, checked, conversation, speaker
 from steerlm_nemo.errors import RecordError, shown
+
+_READ = frozenset(("role", "content", "from", "value", "label", "lang", "message_id"))
+_READ_IN_PARTS = frozenset(("type", "text"))
+_OWN = ("gt_label", "label_soft")  # what the annotator measured
+# Texts beside the text that may be all a message says; so may any list or object.
+_OTHER_TEXTS = ("reasoning_content", "reasoning", "thinking", "refusal")
 
 
 def messages(record: Mapping[str, Any], ref: RecordRef, options: Options) -> Conversation:
@@ -49,6 +56,8 @@ def _conversation(
         if mask is None or not isinstance(role, str):
             role = speaker(role, ref)
         text = _text(raw.get(text_key), text_key, ref)
+        if not text.strip() and (elsewhere := _elsewhere(raw)):
+            raise RecordError(ref, f"empty text: message {number} says nothing but in {', '.join(elsewhere)}")
         if role == SYSTEM:
             if number or system is not None:
                 raise RecordError(ref, f"second system prompt: message {number} is from the system")
@@ -59,12 +68,40 @@ def _conversation(
     if len(turns) < 2:
         raise RecordError(ref, f"too short: {len(turns)} turn; a conversation has at least two")
     made = conversation(turns, ref, options, SYSTEM_PROMPT)
-    return replace(
+    made = replace(
         made,
         system=made.system if system is None else system,
         mask=made.mask if mask is None else mask,
         tree_id=tree_id,
     )
+    for number, turn in enumerate(turns, len(raw_turns) - len(turns)):
+        if turn.role not in made.mask_roles:
+            require_loss(raw_turns[number], ref, number)
+    return made
+
+
+def unread_in(turns_key: str, record: Mapping[str, Any]) -> Iterator[str]:
+    """What the messages of a sound record hold that no turn keeps, as `messages[].name`. A null holds nothing."""
+    for message in record[turns_key]:
+        for key, value in message.items():
+            if value is None or key in _READ or (key in LOSS_KEYS and not _asks_loss_of_user(message, value)):
+                continue
+            yield f"{turns_key}[].{key}"
+        for text_key in ("content", "value"):
+            parts = message.get(text_key)
+            for part in parts if isinstance(parts, list) else ():
+                yield from (f"{turns_key}[].{text_key}[].{key}" for key in part.keys() - _READ_IN_PARTS)
+
+
+def _asks_loss_of_user(message: Mapping[str, Any], mark: Any) -> bool:
+    role = message.get("role", message.get("from"))
+    return bool(mark) and isinstance(role, str) and SPEAKERS.get(role.strip().lower()) == USER
+
+
+def _elsewhere(message: Mapping[str, Any]) -> list[str]:
+    """Keys that may hold what a message without a text says."""
+    others = {key: value for key, value in message.items() if value and key not in _READ and key not in _OWN}
+    return [key for key, value in others.items() if isinstance(value, list | dict) or key in _OTHER_TEXTS]
 
 
 def _text(content: Any, key: str, ref: RecordRef) -> str:

@@ -45,9 +45,14 @@ class RowFormat(Format):
             raise RecordError(line.ref, f"missing key: {', '.join(sorted(missing))}; keys seen are {seen}")
         return self.adapter(record, line.ref, options)
 
-    def unread(self, record: Mapping[str, Any]) -> Iterable[str]:
-        """Keys of a record that the adapter does not look at."""
-        return record.keys() - self.needs - self.reads
+    def unread(self, record: Mapping[str, Any]) -> set[str]:
+        """What a sound record holds that the adapter does not look at: its keys, and those of its messages."""
+        keys = {*(record.keys() - self.needs - self.reads)}
+        if self.adapter is chat.messages:
+            keys.update(chat.unread_in("messages", record))
+        elif self.adapter is chat.conversations:
+            keys.update(chat.unread_in("conversations", record))
+        return keys
 
 
 def _rows(name: str, needs: str, reads: str, adapter: Adapter, schema: AttributeSchema | None) -> RowFormat:

@@ -327,3 +327,71 @@ def test_genuine_prompts_without_responses_are_no_conversations(shared_data, tmp
     for name in ("mt-bench/question.jsonl", "cvalues/cvalues_responsibility_prompts.jsonl"):
         with pytest.raises(InputError, match="unknown shape; the keys seen are"):
             run(shared_data / name, tmp_path / "out")
+
+
+def chat_of(**response):
+    return {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5.", **response}]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", 0), ("weight", 0.5), ("train", False), ("training", False), ("loss", 0), ("loss", "no")],
+)
+@pytest.mark.parametrize("type", ["TEXT_TO_VALUE", "VALUE_TO_TEXT"])
+def test_a_response_marked_as_not_to_be_learnt_is_rejected(tmp_path, key, value, type):
+    sharegpt = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "5.", key: value}]
+    for rows in ([chat_of(**{key: value}), chat_of(**{key: 1})], [{"conversations": sharegpt}, chat_of()]):
+        name = "messages" if "messages" in rows[0] else "chat"
+        if name == "chat":
+            rows[1] = {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4.", key: None}]}
+        records, tally = run(write_rows(tmp_path / f"{name}.jsonl", rows), tmp_path / name, record_type=type)
+        assert dict(records.counts) == {"rejected": 1, "written": 1}
+        assert dict(records.reasons) == {"not to be learnt": 1}
+        assert not tally.unread
+
+
+def test_marks_that_say_what_is_done_anyway_are_followed_and_others_named(tmp_path):
+    user = {"role": "user", "content": "2+2?"}
+    system = {"role": "system", "content": "Be brief.", "weight": 0}
+    rows = [
+        {"messages": [system, {**user, "weight": 0}, {"role": "assistant", "content": "4.", "weight": 1}]},
+        {"messages": [{**user, "train": True}, {"role": "assistant", "content": "4.", "train": True}]},
+    ]
+    records, tally = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    assert records.counts["written"] == 2
+    assert tally.unread == {"messages[].train": 1}
+
+
+@pytest.mark.parametrize(
+    "meaning",
+    [
+        {"tool_calls": [{"id": "c1"}]},
+        {"function_call": {"name": "weather"}},
+        {"reasoning_content": "Hm."},
+        {"audio": {"id": "a1"}},
+    ],
+)
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_a_message_whose_meaning_is_elsewhere_is_rejected(meaning, content):
+    (key,) = meaning
+    with pytest.raises(RecordError, match=f"rows.jsonl:3: empty text: message 1 says nothing but in {key}"):
+        found(chat_of(content=content, **meaning))
+    empty = {key: type(value)() for key, value in meaning.items()}
+    assert turns(found(chat_of(content=content, **empty)))[1] == ("Assistant", content, None)
+
+
+def test_keys_of_messages_and_of_their_parts_are_counted_by_rows(tmp_path):
+    part = {"type": "text", "text": "4.", "cache_control": {"type": "ephemeral"}}
+    rows = [
+        chat_of(tool_calls=[{"id": "c1"}], name="bot"),
+        chat_of(name="bot", tool_calls=None),
+        chat_of(content=[part]),
+    ]
+    rows[0]["messages"][0]["name"] = "Anna"
+    records, tally = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    assert tally.unread == {
+        "messages[].name": 2,
+        "messages[].tool_calls": 1,
+        "messages[].content[].cache_control": 1,
+    }
+    assert "keys not carried over, with the rows that had them: messages[].name: 2" in tally.summary(records)
