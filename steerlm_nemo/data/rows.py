@@ -17,11 +17,13 @@ there are no lines, both from 1.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -117,7 +119,7 @@ def _json_lines(name: str, scratch_dir: Path) -> IO[bytes]:
             return _spooled(_rows_as_lines(_parquet_rows(path)), scratch_dir)
     try:
         if _is_array(path):
-            return _spooled(_rows_as_lines(_array_elements(path)), scratch_dir)
+            return _spooled(_elements_as_lines(_array_elements(path)), scratch_dir)
         source = open_bytes(path)
         if compression(path) is None:
             return cast(IO[bytes], source)
@@ -138,9 +140,43 @@ def _spooled(chunks: Iterable[bytes], scratch_dir: Path) -> IO[bytes]:
     return scratch
 
 
+def _elements_as_lines(elements: Iterator[Any]) -> Iterator[bytes]:
+    # A NaN, which JSON does not have, stays one, so that its line is rejected.
+    return (json.dumps(element).encode("ascii") + b"\n" for element in elements)
+
+
 def _rows_as_lines(rows: Iterator[Any]) -> Iterator[bytes]:
-    # Dates and the like have no JSON form; no adapter reads one. A NaN stays one, so that its line is rejected.
-    return (json.dumps(row, default=str).encode("ascii") + b"\n" for row in rows)
+    for row in rows:
+        try:
+            line = json.dumps(row, allow_nan=False, default=_as_json)
+        except ValueError:
+            line = json.dumps(_without_nan(row), default=_as_json)
+        yield line.encode("ascii") + b"\n"
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a table that JSON has no form for.
+
+    Texts stored as plain bytes and whole decimals are what they stand for. All else becomes an object with the name of
+    its type: no adapter takes one for a text or a number, so a row is rejected where it is read, and only there.
+    """
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return {"bytes": value.hex()}
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == int(value) else float(value)
+    return {type(value).__name__: str(value)}
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with an object in the place of each number that is none."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_array(path: Path) -> bool:

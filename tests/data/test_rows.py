@@ -1,16 +1,20 @@
+import datetime
 import gzip
 import json
 import os
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from steerlm_nemo.data.options import Options
+from steerlm_nemo.data.preprocessing import conversations_of
 from steerlm_nemo.data.rows import Lines, require_source
 from steerlm_nemo.errors import InputError
-from steerlm_nemo.records import read_records
+from steerlm_nemo.records import Accounting, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"prompt": f"q{n} é\n\u2028", "response": f"r{n}", "grade": n if n % 2 else None} for n in range(50)]
@@ -166,3 +170,60 @@ def test_a_dataset_of_the_hub_without_a_network_says_to_download(tmp_path):
 def test_a_bare_dataset_name_is_answered_with_how_to_write_it():
     with pytest.raises(InputError, match="is written hf://nvidia/HelpSteer2"):
         require_source("nvidia/HelpSteer2")
+
+
+def table(path, columns):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns(pyarrow)), path)
+    return path
+
+
+@pytest.mark.parametrize("type", ["binary", "large_binary", "string", "large_string"])
+def test_texts_of_parquet_are_texts_however_they_are_stored(tmp_path, type):
+    path = table(tmp_path / "rows.parquet", lambda pa: {"text": pa.array([b"q1 \xc3\xa9", None], getattr(pa, type)())})
+    assert rows_of(path, tmp_path) == [{"text": "q1 é"}, {"text": None}]
+
+
+def test_bytes_within_lists_and_structs_of_parquet_are_texts(tmp_path):
+    turns = [[{"role": b"user", "content": b"Hi"}]]
+
+    def columns(pa):
+        return {"messages": pa.array(turns, pa.list_(pa.struct([("role", pa.binary()), ("content", pa.binary())])))}
+
+    assert rows_of(table(tmp_path / "rows.parquet", columns), tmp_path) == [
+        {"messages": [{"role": "user", "content": "Hi"}]}
+    ]
+
+
+OF_NO_JSON = {
+    "not UTF-8": (b"\xff\xfe", {"bytes": "fffe"}),
+    "NaN": (float("nan"), {"float": "nan"}),
+    "infinite": (float("-inf"), {"float": "-inf"}),
+    "a date": (datetime.date(2024, 1, 15), {"date": "2024-01-15"}),
+    "a time": (datetime.datetime(2024, 1, 15, 7), {"datetime": "2024-01-15 07:00:00"}),
+    "a duration": (datetime.timedelta(hours=1), {"timedelta": "1:00:00"}),
+    "a list of NaN": ([float("nan"), 1.0], [{"float": "nan"}, 1.0]),
+}
+
+
+@pytest.mark.parametrize("kind", OF_NO_JSON)
+def test_a_value_that_json_cannot_hold_rejects_a_row_only_where_it_is_read(tmp_path, kind):
+    value, form = OF_NO_JSON[kind]
+    row = {"prompt": "Hi", "response": "Hello.", "helpfulness": 3, "unread": "x"}
+    for column, num_written in (("unread", 1), ("prompt", 0), ("helpfulness", 0)):
+        path = table(
+            tmp_path / f"{column}.parquet", lambda pa, at=column: {k: [v] for k, v in {**row, at: value}.items()}
+        )
+        assert rows_of(path, tmp_path) == [{**row, column: form}]
+        records = Accounting(tmp_path / "rejects.jsonl")
+        found = list(conversations_of(path, Options(), records, scratch_dir=tmp_path))
+        assert (len(found), records.counts["written"], records.counts["rejected"]) == (
+            num_written,
+            num_written,
+            1 - num_written,
+        )
+
+
+def test_whole_decimals_are_whole_numbers(tmp_path):
+    path = table(tmp_path / "rows.parquet", lambda pa: {"grade": [Decimal("3.00"), Decimal("2.50")]})
+    assert rows_of(path, tmp_path) == [{"grade": 3}, {"grade": 2.5}]
