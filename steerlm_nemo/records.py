@@ -56,7 +56,8 @@ def read_lines(path: str | Path) -> Iterator[RawLine]:
     Streams: memory does not grow with the file.
 
     Raises:
-        InputError: no such file, a directory, or a compressed stream that is damaged or cut off.
+        InputError: no such file, a directory, a container of another kind, or a compressed stream that is damaged or
+            cut off.
     """
     return (parse_line(ref, raw) for ref, raw in read_raw_lines(path))
 
@@ -101,11 +102,69 @@ def compression(path: Path) -> str | None:
 
 
 def open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """The bytes of a file, decompressed where its content says so. Reading may raise one of `DAMAGED`."""
+    """The bytes of a file, decompressed where its content says so. Reading may raise one of `DAMAGED`.
+
+    Raises:
+        InputError: not the text of records, but a container of another kind, which read as lines would lose some.
+    """
+    with _decompressed(path) as file:
+        start = file.read(_START)
+    if advice := _no_text(start):
+        raise InputError(f"{path} is no file of JSON lines: {advice}")
+    return _decompressed(path)
+
+
+def _decompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
     kind = compression(path)
     if kind == "gzip":
         return gzip.open(path, "rb")
     return io.BufferedReader(_ZstdFile(path), 1 << 18) if kind == "zstd" else path.open("rb")
+
+
+_START = 512  # bytes; a tar's first header
+_UNPACK = "it is {} archive. Unpack it first and give the file within"
+_DECOMPRESS = "it is compressed with {}. Decompress it first, or use gzip or zstd"
+_TABLE = "it is {} file. Write it as JSON lines or Parquet first"
+_CONTAINERS = {
+    b"PK\x03\x04": _UNPACK.format("a zip"),
+    b"PK\x05\x06": _UNPACK.format("an empty zip"),
+    b"7z\xbc\xaf\x27\x1c": _UNPACK.format("a 7z"),
+    b"Rar!\x1a\x07": _UNPACK.format("a rar"),
+    b"\x1f\x8b": "it is compressed twice. Decompress it once",
+    b"\x28\xb5\x2f\xfd": "it is compressed twice. Decompress it once",
+    b"BZh": _DECOMPRESS.format("bzip2"),
+    b"\xfd7zXZ\x00": _DECOMPRESS.format("xz"),
+    b"\x04\x22\x4d\x18": _DECOMPRESS.format("lz4"),
+    b"\xff\x06\x00\x00sNaPpY": _DECOMPRESS.format("snappy"),
+    b"\x1f\x9d": _DECOMPRESS.format("compress"),
+    b"PAR1": "it is a Parquet file. scripts/preprocessing.py reads one that is not compressed once more",
+    b"ARROW1\x00\x00": _TABLE.format("an Arrow"),
+    b"\xff\xff\xff\xff": _TABLE.format("an Arrow stream") + ", or give the directory that `datasets` saved",
+    b"Obj\x01": _TABLE.format("an Avro"),
+    b"ORC": _TABLE.format("an ORC"),
+    b"\x89HDF\r\n\x1a\n": _TABLE.format("an HDF5"),
+    b"SQLite format 3\x00": _TABLE.format("an SQLite"),
+    b"\xff\xfe": "its text is UTF-16 or UTF-32. Convert it to UTF-8",
+    b"\xfe\xff": "its text is UTF-16. Convert it to UTF-8",
+}
+
+
+def _no_text(start: bytes) -> str | None:
+    """What a file that starts like this is and what to do with it; None for what may be JSON."""
+    for magic, advice in _CONTAINERS.items():
+        if start.startswith(magic):
+            return advice
+    if b"\0" not in start:
+        return None
+    import tarfile
+
+    try:
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")  # compares the header with its checksum
+    except tarfile.HeaderError:
+        # JSON has no null byte, but a line with one may stand among others.
+        is_json = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+        return None if is_json else "its data are binary, of a kind that is not known. Write it as JSON lines"
+    return _UNPACK.format("a tar")
 
 
 class _ZstdFile(io.RawIOBase):

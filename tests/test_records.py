@@ -1,11 +1,18 @@
+import bz2
 import gzip
+import io
 import json
+import lzma
+import tarfile
+import zipfile
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steerlm_nemo.conversation import RecordRef
+from steerlm_nemo.data.rows import Lines
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, read_records, require_other_file
 
@@ -182,3 +189,63 @@ def test_a_file_is_never_written_over_what_it_is_made_from(tmp_path):
         with pytest.raises(InputError, match="is the input itself"):
             require_other_file(output, source)
     require_other_file(tmp_path / "new.jsonl", source)
+
+
+def tar_of(content, format=tarfile.USTAR_FORMAT):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        info = tarfile.TarInfo("data.jsonl")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def old_tar_of(content):
+    """As tar wrote it before 1988: without a magic number, its checksum is all there is."""
+    raw = bytearray(tar_of(content))
+    raw[257:265] = raw[148:156] = b" " * 8
+    raw[257:265] = bytes(8)
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    return bytes(raw)
+
+
+def zip_of(content):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("data.jsonl", content)
+    return buffer.getvalue()
+
+
+LINES = b"".join(b'{"prompt": "q%d", "response": "r"}\n' % number for number in range(40))
+CONTAINERS = {
+    "tar": (tar_of(LINES), "a tar archive. Unpack it first"),
+    "pax tar": (tar_of(LINES, tarfile.PAX_FORMAT), "a tar archive. Unpack it first"),
+    "old tar": (old_tar_of(LINES), "a tar archive. Unpack it first"),
+    "tar.gz": (gzip.compress(tar_of(LINES)), "a tar archive. Unpack it first"),
+    "tar.zst": (zstandard.compress(tar_of(LINES)), "a tar archive. Unpack it first"),
+    "zip": (zip_of(LINES), "a zip archive. Unpack it first"),
+    "gzip twice": (gzip.compress(gzip.compress(LINES)), "compressed twice"),
+    "bzip2": (bz2.compress(LINES), "compressed with bzip2. Decompress it first"),
+    "xz": (lzma.compress(LINES), "compressed with xz. Decompress it first"),
+    "gzip of Parquet": (gzip.compress(b"PAR1" + bytes(40)), "a Parquet file"),
+    "SQLite": (b"SQLite format 3\0" + bytes(100), "an SQLite file. Write it as JSON lines"),
+    "Avro": (b"Obj\x01\x04" + bytes(100), "an Avro file. Write it as JSON lines"),
+    "UTF-16": (LINES.decode().encode("utf-16"), "UTF-16"),
+    "unknown": (b"\x93NUMPY\x01\x00v\x00\n" + bytes(100), "binary, of a kind that is not known"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.bin"])
+def test_a_container_of_another_kind_is_refused_with_what_to_do(tmp_path, kind, name):
+    content, advice = CONTAINERS[kind]
+    path = write(tmp_path / name, content)
+    with pytest.raises(InputError, match=f"{name} is no file of JSON lines: .*{advice}"):
+        list(read_lines(path))
+    with pytest.raises(InputError, match=f"{name} is no file of JSON lines: .*{advice}"):
+        Lines(path, tmp_path)
+
+
+def test_lines_with_null_bytes_among_others_are_rejected_alone(tmp_path):
+    path = write(tmp_path / "x.jsonl", b'\xef\xbb\xbf {"a": 1}\n\0\0\n{"a": 3}\n')
+    assert [line.record for line in read_lines(path)] == [{"a": 1}, None, {"a": 3}]
