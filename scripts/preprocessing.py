@@ -57,6 +57,7 @@ def preprocessing(
     from steerlm_nemo.attributes import load_schema
     from steerlm_nemo.data.options import Filters, Options
     from steerlm_nemo.data.preprocessing import preprocess
+    from steerlm_nemo.data.sources.formats import HELPSTEER2_PAIRS
     from steerlm_nemo.records import Accounting
 
     if compat not in ("", "nemo1.23"):
@@ -89,6 +90,11 @@ def preprocessing(
     for part in ("train", "val"):
         if not tally.conversations[part]:
             warn(f"{output_file_prefix}_{part}.jsonl is empty; change --split_ratio (now {split_ratio})")
+    if tally.format == HELPSTEER2_PAIRS:
+        warn(
+            "the labels are strengths of preference, quality:-3 to 3, and grade neither response: these records are "
+            "for process_to_regression_format.py only; data_clean.py and build_sft_data.py refuse them"
+        )
     if foreign := tally.foreign_languages():
         warn(
             f"languages that schema {tally.schema.name} does not know: {' '.join(foreign)}; leave them out with --lang"

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from steerlm_nemo.conversation import Conversation, RecordRef, require_every_loss, to_lines
+from steerlm_nemo.data.sources.helpsteer import refuse_strengths
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError
 from steerlm_nemo.records import (
     Accounting,
@@ -43,7 +44,7 @@ class Cleaner:
     trim_turns: bool = False
 
     def outcome(self, raw_line: tuple[RecordRef, bytes]) -> Outcome:
-        """What becomes of a line as it stands in the file."""
+        """What becomes of a line as it stands in the file. Raises InputError: no line of the file is to be learnt."""
         line = parse_line(*raw_line)
         findings = Findings()
         try:
@@ -51,6 +52,7 @@ class Cleaner:
         except Dropped as dropped:
             return Outcome(None, str(dropped), findings)
         except RecordError as err:
+            refuse_strengths(line.record or {}, line.ref.path)
             kind = "not a conversation: " if line.problem is None else ""
             return Outcome(None, kind + err.reason, findings, *raw_line)
 

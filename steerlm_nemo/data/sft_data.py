@@ -25,6 +25,7 @@ from steerlm_nemo.conversation import (
     require_every_loss,
     to_lines,
 )
+from steerlm_nemo.data.sources.helpsteer import refuse_strengths
 from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
@@ -66,6 +67,7 @@ def build_sft_data(
                 (sft,) = to_lines([_value_to_text(conversation)])
                 as_messages = dump_record(_messages(conversation)) if plain else ""
             except RecordError as err:
+                refuse_strengths(line.record or {}, line.ref.path)
                 records.rejected(line.ref, err.reason, line.raw)
                 continue
             out.write(sft + "\n")

@@ -17,6 +17,11 @@ from steerlm_nemo.data.cleaning import (
     Cleaner,
     clean_file,
 )
+from steerlm_nemo.data.options import Options
+from steerlm_nemo.data.preprocessing import preprocess
+from steerlm_nemo.data.regression import process_to_regression_format
+from steerlm_nemo.data.sft_data import build_sft_data
+from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import CheckpointError, ConfigError, IncompleteError, InputError, RecordError
 from steerlm_nemo.model_kind import STEERLM, SteerLMFormat
 from steerlm_nemo.records import Accounting, dump_record
@@ -143,6 +148,36 @@ def test_a_record_with_a_response_that_is_not_to_be_learnt_is_rejected(tmp_path,
     stay, counts, _ = clean(tmp_path, [marked, harmless], small_tokenizer)
     assert stay == [harmless]
     assert dict(counts.reasons) == {"not a conversation": 1}
+
+
+@pytest.mark.parametrize("strengths", [(-3, 2), (2, -1), (1, 2, 0, -2)])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_strengths_of_preference_are_refused_as_a_file_and_not_by_halves(
+    tmp_path, small_tokenizer, strengths, num_workers
+):
+    rows = [
+        {"prompt": f"{n}?", "response_1": "a", "response_2": "b", "preference_strength": strength}
+        for n, strength in enumerate(strengths)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preprocess(
+        tmp_path / "rows.jsonl",
+        tmp_path / "o",
+        split_ratio=1.0,
+        seed=1,
+        options=Options(),
+        trees=Accounting.beside(tmp_path / "o"),
+    )
+    source, output = tmp_path / "o_train.jsonl", tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match=r"o_train\.jsonl: its labels are strengths of preference"):
+        cleaner = Cleaner(ChatTemplate(), small_tokenizer, 256)
+        clean_file(source, output, cleaner, Accounting.beside(output), num_workers=num_workers)
+    with pytest.raises(InputError, match="are for scripts/process_to_regression_format.py only"):
+        build_sft_data(source, output, Accounting.beside(output), AttributeStatistics())
+    assert not output.exists()
+    lines = Accounting.beside(output)
+    process_to_regression_format(source, output, lines, AttributeStatistics())
+    assert lines.counts["written"] == 2 * len(strengths)
 
 
 def test_strict_stops_at_the_first_unusable_record(tmp_path, small_tokenizer):

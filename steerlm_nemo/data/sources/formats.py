@@ -18,6 +18,7 @@ from steerlm_nemo.records import RawLine
 
 Adapter = Callable[[Mapping[str, Any], RecordRef, Options], Conversation | Pair]
 OASST_TREES, OASST_MESSAGES, CHAT = "oasst-trees", "oasst-messages", "chat"
+HELPSTEER2_PAIRS = "helpsteer2-preference"
 _RECORDS_LOOKED_AT = 100
 
 
@@ -60,7 +61,6 @@ def _rows(name: str, needs: str, reads: str, adapter: Adapter, schema: Attribute
 
 
 _RATINGS = " ".join(HELPSTEER5.names)
-_HELPSTEER2 = "helpsteer2-preference"
 _HELPSTEER2_PAIR = "prompt response_1 response_2 preference_strength"
 _KEYS = "system mask type tree_id"
 # fmt: off
@@ -71,7 +71,7 @@ FORMATS: tuple[Format, ...] = (
     #     name               needs                                        reads too adapter, schema
     _rows(CHAT,              "conversations",                             _KEYS,    chat.conversations, None),
     _rows("messages",        "messages",                                  _KEYS,    chat.messages, None),
-    _rows(_HELPSTEER2,       _HELPSTEER2_PAIR,                            "",       helpsteer.preference, None),
+    _rows(HELPSTEER2_PAIRS,  _HELPSTEER2_PAIR,                            "",       helpsteer.preference, None),
     _rows("helpsteer",       "prompt response helpfulness",               _RATINGS, helpsteer.ratings, HELPSTEER5),
     _rows("cvalues",         "prompt pos_resp neg_resp pos_type neg_type", "",      pairs.cvalues, None),
     _rows("pairs",           "prompt chosen rejected",                    "",       pairs.prompted, None),

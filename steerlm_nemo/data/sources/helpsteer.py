@@ -10,7 +10,8 @@ Raw records, one a line. A rating is a whole number from 0 to 4 (arXiv:2311.0952
 
 HelpSteer2's prompts of several turns hold the earlier ones between `<extra_id_1>Assistant` and `<extra_id_1>User`
 lines; they become turns. Both responses of a pair have the attribute `quality:<strength>`, a strength from -3
-(response_1 is much better) to 3. The system prompt is NeMo-Aligner's, which has no newlines at its end.
+(response_1 is much better) to 3, as NeMo-Aligner's reward models read it; it grades neither response. The system
+prompt is NeMo-Aligner's, which has no newlines at its end.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from steerlm_nemo.attributes import HELPSTEER5, Attributes
 from steerlm_nemo.conversation import ASSISTANT, SYSTEM_PROMPT, USER, Conversation, Pair, RecordRef, Response, Turn
 from steerlm_nemo.data.options import Options
 from steerlm_nemo.data.sources.adapter import attributes_at, conversation, text_at
-from steerlm_nemo.errors import RecordError, shown
+from steerlm_nemo.errors import InputError, RecordError, shown
 
 ALIGNER_SYSTEM_PROMPT = SYSTEM_PROMPT.rstrip("\n")
+_STRENGTH = re.compile(r"quality:-[1-3]").fullmatch
 _EARLIER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 
 
@@ -51,6 +53,26 @@ def preference(record: Mapping[str, Any], ref: RecordRef, options: Options) -> P
     )
     chosen: Literal[0, 1] | None = None if strength == 0 else 0 if strength < 0 else 1
     return Pair(context, (one, other), chosen, margin=abs(float(strength)))
+
+
+def refuse_strengths(record: Mapping[str, Any], source: str) -> None:
+    """Refuse the file of a record whose label is the strength of a preference, where grades are to be learnt.
+
+    A strength that is not negative looks like a grade, so the records that can be read are no better.
+
+    Raises:
+        InputError: it is such a record.
+    """
+    turns = record.get("conversations")
+    if "preference" not in record or not isinstance(turns, list):
+        return
+    labels = [turn.get("label") for turn in turns if isinstance(turn, Mapping)]
+    if any(isinstance(label, str) and _STRENGTH(label) for label in labels):
+        raise InputError(
+            f"{source}: its labels are strengths of preference (quality:-3 to 3, of helpsteer2-preference), which say "
+            "nothing of one response. They are for scripts/process_to_regression_format.py only; HelpSteer2's ratings "
+            "are what can be cleaned and learnt from"
+        )
 
 
 def _context(record: Mapping[str, Any], ref: RecordRef) -> list[Turn]:
