@@ -24,7 +24,6 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
@@ -253,33 +252,57 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[dict[str, Any]]:
     except ImportError as err:
         raise InputError(f"{name} is a dataset; `pip install 'datasets<4'` to read it") from err
     is_local = Path(name).is_dir()
+    number = 0
     try:
-        if is_local and (Path(name) / "dataset_info.json").is_file():
-            rows: Iterable[Any] = datasets.load_from_disk(name)
-        elif is_local and (Path(name) / "dataset_dict.json").is_file():
-            rows = _split_of(name, split, datasets.load_from_disk(name))
-        elif is_local:
-            rows = _split_of(name, split, datasets.load_dataset(name, streaming=True))
-        else:
-            rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-        rows = iter(rows)
-        first = next(rows, None)
-    # KeyError and ValueError: no such split; the rest of what goes wrong on the way to the Hub is an OSError.
-    except (OSError, ValueError, KeyError) as err:
+        for row in _loaded(datasets, name, split, is_local):
+            number += 1
+            yield row
+    except InputError:
+        raise
+    # Whatever a file holds: `datasets` lets errors of pyarrow, of json and of its own through, at any row.
+    except Exception as err:
         reason = str(err).strip().split("\n")[0]
+        if "trust_remote_code" in reason:
+            reason = "the dataset is made by code of its own, which is never run here"
         if is_local:
-            raise InputError(f"{name}: no dataset with a split {split or 'train'!r} here: {reason}") from err
+            where = f"cannot be read after row {number}" if number else "cannot be loaded"
+            raise InputError(
+                f"{name}: {where}: {reason}. Give one of its files (JSON lines, JSON or Parquet) "
+                f"instead: {_files_shown(name)}"
+            ) from err
         raise InputError(
-            f"{HUB}{name}: cannot be loaded: {reason}. Without a network, download the files of the dataset elsewhere "
-            "and give one of them (JSON lines, JSON or Parquet) or their directory as --input_file."
+            f"{HUB}{name}: cannot be loaded{f' after row {number}' if number else ''}: {reason}. Without a network, "
+            "download the files of the dataset elsewhere and give one of them (JSON lines, JSON or Parquet) or their "
+            "directory as --input_file."
         ) from err
-    return iter(()) if first is None else chain((first,), rows)
+
+
+def _loaded(datasets: Any, name: str, split: str | None, is_local: bool) -> Iterable[Any]:
+    """The rows of a split. Code that a dataset brings is never run: `datasets` before 4 would ask, and then do it."""
+    if is_local and (Path(name) / "dataset_info.json").is_file():
+        rows: Iterable[Any] = datasets.load_from_disk(name)
+        if split not in (None, str(rows.split)):  # type: ignore[attr-defined]
+            raise InputError(f"{name}: no dataset with a split {split!r} here; it holds one, so give {name}")
+        return rows
+    if is_local and (Path(name) / "dataset_dict.json").is_file():
+        return _split_of(name, split, datasets.load_from_disk(name))
+    no_code = {"trust_remote_code": False} if datasets.__version__ < "4" else {}
+    if is_local:
+        return _split_of(name, split, datasets.load_dataset(name, streaming=True, **no_code))
+    return datasets.load_dataset(name, split=split or "train", streaming=True, **no_code)
+
+
+def _files_shown(name: str) -> str:
+    files = sorted({str(path) for pattern in _DATASET_FILES for path in Path(name).glob(pattern)})
+    return ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
 def _split_of(name: str, split: str | None, splits: Mapping[str, Iterable[Any]]) -> Iterable[Any]:
     """One split of a directory's; the others are named, since nobody may have known of them."""
     chosen = split or "train"
-    if split is None and chosen in splits and len(splits) > 1:
-        others = ", ".join(f"{name}@{other}" for other in splits if other != chosen)
+    others = ", ".join(f"{name}@{other}" for other in splits if other != chosen)
+    if chosen not in splits:
+        raise InputError(f"{name}: no dataset with a split {chosen!r} here; there are {others}")
+    if split is None and others:
         print(f"{name}: reading its split {chosen} only; there are also {others}", file=sys.stderr)
     return splits[chosen]

@@ -227,3 +227,64 @@ def test_a_value_that_json_cannot_hold_rejects_a_row_only_where_it_is_read(tmp_p
 def test_whole_decimals_are_whole_numbers(tmp_path):
     path = table(tmp_path / "rows.parquet", lambda pa: {"grade": [Decimal("3.00"), Decimal("2.50")]})
     assert rows_of(path, tmp_path) == [{"grade": 3}, {"grade": 2.5}]
+
+
+@pytest.fixture
+def folder_with_code(tmp_path):
+    """A dataset's directory with code that leaves a trace when it is run."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(JSONL)
+    return folder, f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+
+
+@pytest.mark.parametrize("split", ["", "@train"])
+@pytest.mark.parametrize("trusting", [None, True])
+def test_the_code_of_a_directory_is_never_run(tmp_path, folder_with_code, monkeypatch, split, trusting):
+    import datasets
+
+    folder, code = folder_with_code
+    (folder / "folder.py").write_text(code)
+    # What HF_DATASETS_TRUST_REMOTE_CODE sets, and nobody to answer the question.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", trusting, raising=False)
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    with pytest.raises(InputError, match=r"code of its own, which is never run here. Give .*train\.jsonl"):
+        rows_of(f"{folder}{split}", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_script_that_is_not_the_directorys_own_is_left_alone(tmp_path, folder_with_code):
+    folder, code = folder_with_code
+    (folder / "make.py").write_text(code)
+    assert rows_of(folder, tmp_path) == ROWS
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_code_of_a_dataset_of_the_hub_is_never_run(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.update(options) or iter(ROWS))
+    assert rows_of("hf://someone/something@test", tmp_path) == ROWS
+    # From 4 on `datasets` runs no code and takes no such option.
+    assert asked.get("trust_remote_code", datasets.__version__ < "4") is False
+    assert (asked["split"], asked["streaming"]) == ("test", True)
+
+
+@pytest.mark.parametrize("splits", [["train_sft", "test_sft"], ["test"], ["validation", "test"]])
+def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path, splits):
+    datasets = pytest.importorskip("datasets")
+    files, saved = tmp_path / "files", tmp_path / "saved"
+    (files / "data").mkdir(parents=True)
+    for split in splits:
+        parquet(files / "data" / f"{split}-00000-of-00001.parquet")
+    datasets.DatasetDict({split: datasets.Dataset.from_list(ROWS) for split in splits}).save_to_disk(saved)
+    for source in (files, saved):
+        with pytest.raises(InputError, match=f"no dataset with a split 'train' here; there are {source}@") as refused:
+            rows_of(source, tmp_path)
+        assert all(f"{source}@{split}" in str(refused.value) for split in splits)
+        assert rows_of(f"{source}@{splits[-1]}", tmp_path) == ROWS
+    single = tmp_path / "single"
+    datasets.Dataset.from_list(ROWS).save_to_disk(single)
+    with pytest.raises(InputError, match="no dataset with a split 'test' here; it holds one"):
+        rows_of(f"{single}@test", tmp_path)
