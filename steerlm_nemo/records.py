@@ -41,13 +41,22 @@ class RawLine:
 
 
 def require_file(path: str | Path) -> Path:
-    """The path, if it is a readable file. Raises InputError otherwise, saying what is there instead."""
+    """The path, if it is a file that can be read. Raises InputError otherwise, saying what is there instead."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; a file is needed here")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a directory; a file is needed here")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        path.open("rb").close()
+    except OSError as err:
+        raise unreadable(path, err) from err
     return path
+
+
+def unreadable(path: str | Path, err: OSError) -> InputError:
+    """What to say of a file or directory that is there and does not let itself be read."""
+    return InputError(f"{path}: cannot be read: {err.strerror or err}. Check its permissions, or give a copy of it.")
 
 
 def read_lines(path: str | Path) -> Iterator[RawLine]:
@@ -77,6 +86,8 @@ def read_raw_lines(path: str | Path) -> Iterator[tuple[RecordRef, bytes]]:
     except DAMAGED as err:
         kind = compression(path)
         raise InputError(f"{path}: damaged {kind} data after line {line_number}: {err}. Fetch the file again.") from err
+    except OSError as err:
+        raise unreadable(path, err) from err
 
 
 def read_records(path: str | Path) -> Iterator[tuple[RecordRef, dict[str, Any]]]:

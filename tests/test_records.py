@@ -1,8 +1,10 @@
 import bz2
+import errno
 import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
 import zipfile
 
@@ -12,9 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steerlm_nemo.conversation import RecordRef
-from steerlm_nemo.data.rows import Lines
+from steerlm_nemo.data.rows import Lines, require_source
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError
-from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, read_records, require_other_file
+from steerlm_nemo.records import (
+    Accounting,
+    atomic_output,
+    dump_record,
+    read_lines,
+    read_records,
+    require_file,
+    require_other_file,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(blacklist_categories=("Cs",))),
@@ -249,3 +259,55 @@ def test_a_container_of_another_kind_is_refused_with_what_to_do(tmp_path, kind, 
 def test_lines_with_null_bytes_among_others_are_rejected_alone(tmp_path):
     path = write(tmp_path / "x.jsonl", b'\xef\xbb\xbf {"a": 1}\n\0\0\n{"a": 3}\n')
     assert [line.record for line in read_lines(path)] == [{"a": 1}, None, {"a": 3}]
+
+
+@pytest.fixture
+def as_other_user(monkeypatch):
+    """Root may read everything, so the system's refusal is given in its place."""
+
+    def refuse(unreadable):
+        real = io.open
+
+        def opened(file, *args, **options):
+            if str(file) == str(unreadable):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+            return real(file, *args, **options)
+
+        unreadable.chmod(0)
+        monkeypatch.setattr(io, "open", opened)
+        monkeypatch.setattr("builtins.open", opened)
+
+    return refuse
+
+
+@pytest.mark.parametrize("content", [LINES, gzip.compress(LINES), b"[1]", b"PAR1"])
+def test_a_file_that_cannot_be_read_is_one_message(tmp_path, as_other_user, content):
+    path = write(tmp_path / "rows.json", content)
+    as_other_user(path)
+    for read in (lambda: list(read_lines(path)), lambda: Lines(path, tmp_path), lambda: require_source(tmp_path)):
+        with pytest.raises(InputError, match=r"rows\.json: cannot be read: Permission denied\. Check its permissions"):
+            read()
+
+
+@pytest.mark.parametrize("read", [require_file, require_source])
+def test_a_path_through_what_cannot_be_searched_is_one_message(monkeypatch, read):
+    def refused(path, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("pathlib.Path.stat", refused)
+    monkeypatch.setattr("pathlib.Path.is_dir", lambda path: bool(path.stat()))
+    with pytest.raises(InputError, match=r"closed/rows\.jsonl: cannot be read: Permission denied"):
+        read("closed/rows.jsonl")
+
+
+def test_a_disk_that_fails_halfway_is_one_message(tmp_path, monkeypatch):
+    class Failing(io.BytesIO):
+        def __next__(self):
+            if self.tell() > 100:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().__next__()
+
+    path = write(tmp_path / "x.jsonl", LINES)
+    monkeypatch.setattr("steerlm_nemo.records.open_bytes", lambda path: Failing(LINES))
+    with pytest.raises(InputError, match=r"x\.jsonl: cannot be read: Input/output error"):
+        list(read_lines(path))

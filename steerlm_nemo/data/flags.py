@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.records import unreadable
 from steerlm_nemo.template import EXTRA_ID_TEMPLATE, ChatTemplate
 
 if TYPE_CHECKING:
@@ -56,9 +57,12 @@ def load_tokenizer(args: argparse.Namespace, template: ChatTemplate) -> Sentence
         raise InputError(
             "give a tokenizer: --model_file, a SentencePiece model, or --model_name, a Hugging Face folder"
         )
-    if args.library == "huggingface":
+    if args.library == "sentencepiece" and args.model_file is None:
+        raise InputError("--library=sentencepiece needs --model_file, the tokenizer.model of the base model")
+    try:
+        if args.library == "sentencepiece":
+            return SentencePieceTokenizer(args.model_file)
         # As in NeMo: a byte-level vocabulary has no such piece, so the markers become one token each.
         return HuggingFaceTokenizer(args.model_name, template.markers if template == EXTRA_ID_TEMPLATE else ())
-    if args.model_file is None:
-        raise InputError("--library=sentencepiece needs --model_file, the tokenizer.model of the base model")
-    return SentencePieceTokenizer(args.model_file)
+    except PermissionError as err:
+        raise unreadable(err.filename or args.model_file or args.model_name, err) from err

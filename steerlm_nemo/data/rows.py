@@ -30,7 +30,7 @@ from typing import IO, Any, cast
 
 from steerlm_nemo.conversation import RecordRef
 from steerlm_nemo.errors import InputError
-from steerlm_nemo.records import DAMAGED, RawLine, compression, open_bytes, parse_line, require_file
+from steerlm_nemo.records import DAMAGED, RawLine, compression, open_bytes, parse_line, require_file, unreadable
 
 HUB = "hf://"
 # What makes a directory a dataset. (Without this `datasets` would search whole disks.)
@@ -87,8 +87,20 @@ def require_source(source: str | Path) -> None:
     name = str(source)
     if name.startswith(HUB):
         return
+    try:
+        _require_path(name)
+    except OSError as err:
+        raise unreadable(name, err) from err
+
+
+def _require_path(name: str) -> None:
     if directory := _directory(name):
-        if any(found for pattern in _DATASET_FILES for found in directory[0].glob(pattern)):
+        next(directory[0].iterdir(), None)  # a glob finds nothing where nothing may be read
+        files = [found for pattern in _DATASET_FILES for found in directory[0].glob(pattern)]
+        for file in files:
+            if file.is_file():
+                require_file(file)
+        if files:
             return
         raise InputError(f"{name} is a directory without data files; give a file, or a directory that `datasets` loads")
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir():
@@ -126,6 +138,8 @@ def _json_lines(name: str, scratch_dir: Path) -> IO[bytes]:
             return _spooled(iter(lambda: source.read(_CHUNK), b""), scratch_dir)
     except DAMAGED as err:
         raise InputError(f"{path}: damaged {compression(path)} data: {err}. Fetch the file again.") from err
+    except OSError as err:
+        raise unreadable(path, err) from err
 
 
 def _spooled(chunks: Iterable[bytes], scratch_dir: Path) -> IO[bytes]:

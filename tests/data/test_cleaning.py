@@ -1,5 +1,8 @@
+import argparse
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -17,6 +20,7 @@ from steerlm_nemo.data.cleaning import (
     Cleaner,
     clean_file,
 )
+from steerlm_nemo.data.flags import load_tokenizer
 from steerlm_nemo.data.options import Options
 from steerlm_nemo.data.preprocessing import preprocess
 from steerlm_nemo.data.regression import process_to_regression_format
@@ -417,6 +421,18 @@ def test_sentencepiece_needs_a_model_file(arguments):
     done = cli(*flags(arguments))
     assert done.returncode == 2
     assert "needs --model_file" in done.stderr
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_message(arguments, monkeypatch):
+    model = arguments["model_file"]
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("steerlm_nemo.tokenizer.SentencePieceTokenizer", refuse)
+    with pytest.raises(InputError, match="cannot be read: Permission denied") as refused:
+        load_tokenizer(argparse.Namespace(library="sentencepiece", model_file=model, model_name=None), ChatTemplate())
+    assert str(refused.value).startswith(str(model))
 
 
 def test_neither_torch_nor_nemo_is_loaded(arguments):
