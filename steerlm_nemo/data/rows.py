@@ -6,12 +6,13 @@ a JSON array                a file that starts with `[` and is not named `.jsonl
 Parquet                     read one row group after the other (needs pyarrow)
 `hf://owner/name[@split]`   a dataset of the Hugging Face Hub (needs datasets and a network); the split is `train`
                             unless given
-a directory                 whatever `datasets` can load from it, without a network; `DIR@split` for another split
+a directory                 what `datasets` finds in it, without a network; `DIR@split` for another split. Its JSON and
+                            Parquet files are read as above, whatever else by `datasets`
 ==========================  =========================================================================================
 
 Plain JSON lines are read where they lie. Everything else is written once to an unnamed scratch file beside the output,
 one record a line, so that memory stays flat and the shuffle can still jump. A place is `path:line`, or `path:row` where
-there are no lines, both from 1.
+there are no lines, both from 1; the path is the file's, also where a directory was given.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import re
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +51,12 @@ class Lines:
         self.name = str(source)
         self._starts = array("Q")
         self._line_numbers = array("Q")
-        self._file = _json_lines(self.name, scratch_dir)
+        require_source(self.name)
+        directory = None if self.name.startswith(HUB) else _directory(self.name)
+        files = _files_of_split(str(directory[0]), directory[1]) if directory else None
+        # Of a directory, its files and the number of lines before each.
+        self._files: list[tuple[int, str]] = []
+        self._file = _all_lines(files, self._files, scratch_dir) if files else _json_lines(self.name, scratch_dir)
         start = 0
         for line_number, line in enumerate(self._file, 1):
             if not line.isspace():
@@ -67,7 +74,11 @@ class Lines:
         return parse_line(self.ref(index), self.raw(index))
 
     def ref(self, index: int) -> RecordRef:
-        return RecordRef(self.name, self._line_numbers[index])
+        number = self._line_numbers[index]
+        if not self._files:
+            return RecordRef(self.name, number)
+        num_before, name = self._files[bisect_left(self._files, (number,)) - 1]
+        return RecordRef(name, number - num_before)
 
     def raw(self, index: int) -> bytes:
         """The bytes of a record, without line end and byte order mark."""
@@ -140,6 +151,21 @@ def _json_lines(name: str, scratch_dir: Path) -> IO[bytes]:
         raise InputError(f"{path}: damaged {compression(path)} data: {err}. Fetch the file again.") from err
     except OSError as err:
         raise unreadable(path, err) from err
+
+
+def _all_lines(names: Sequence[str], places: list[tuple[int, str]], scratch_dir: Path) -> IO[bytes]:
+    """The lines of several files as of one; `places` is told where each begins."""
+
+    def lines() -> Iterator[bytes]:
+        num_before = 0
+        for name in names:
+            places.append((num_before, name))
+            with _json_lines(name, scratch_dir) as file:
+                for number, line in enumerate(file):
+                    yield line.removeprefix(b"\xef\xbb\xbf" if number == 0 else b"").rstrip(b"\n") + b"\n"
+                    num_before += 1
+
+    return _spooled(lines(), scratch_dir)
 
 
 def _spooled(chunks: Iterable[bytes], scratch_dir: Path) -> IO[bytes]:
@@ -261,49 +287,82 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _dataset_rows(name: str, split: str | None) -> Iterator[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError as err:
-        raise InputError(f"{name} is a dataset; `pip install 'datasets<4'` to read it") from err
-    is_local = Path(name).is_dir()
+    datasets = _datasets(name)
     number = 0
     try:
-        for row in _loaded(datasets, name, split, is_local):
+        for row in _loaded(datasets, name, split):
             number += 1
             yield row
     except InputError:
         raise
-    # Whatever a file holds: `datasets` lets errors of pyarrow, of json and of its own through, at any row.
+    # `datasets` lets errors of pyarrow, of json and of its own through, at any row.
     except Exception as err:
-        reason = str(err).strip().split("\n")[0]
-        if "trust_remote_code" in reason:
-            reason = "the dataset is made by code of its own, which is never run here"
-        if is_local:
-            where = f"cannot be read after row {number}" if number else "cannot be loaded"
-            raise InputError(
-                f"{name}: {where}: {reason}. Give one of its files (JSON lines, JSON or Parquet) "
-                f"instead: {_files_shown(name)}"
-            ) from err
-        raise InputError(
-            f"{HUB}{name}: cannot be loaded{f' after row {number}' if number else ''}: {reason}. Without a network, "
-            "download the files of the dataset elsewhere and give one of them (JSON lines, JSON or Parquet) or their "
-            "directory as --input_file."
-        ) from err
+        raise _refusal(name, number, err) from err
 
 
-def _loaded(datasets: Any, name: str, split: str | None, is_local: bool) -> Iterable[Any]:
-    """The rows of a split. Code that a dataset brings is never run: `datasets` before 4 would ask, and then do it."""
+def _refusal(name: str, number: int, err: Exception) -> InputError:
+    """What to say where `datasets` fails after a number of rows."""
+    reason = str(err).strip().split("\n")[0]
+    if "trust_remote_code" in reason:
+        reason = "the dataset is made by code of its own, which is never run here"
+    where = f"cannot be read after row {number}" if number else "cannot be loaded"
+    if Path(name).is_dir():
+        return InputError(
+            f"{name}: {where}: {reason}. Give one of its files (JSON lines, JSON or Parquet) instead: "
+            f"{_files_shown(name)}"
+        )
+    return InputError(
+        f"{HUB}{name}: {where}: {reason}. Without a network, download the files of the dataset elsewhere and give one "
+        "of them (JSON lines, JSON or Parquet) or their directory as --input_file."
+    )
+
+
+def _files_of_split(name: str, split: str | None) -> list[str] | None:
+    """The JSON and Parquet files that `datasets` finds for a split of a directory; None where it must read them itself.
+
+    They are read as files are, one record after the other: `datasets` makes one table of them, which fails, or loses
+    keys, at the first record of other types than those before it.
+    """
+    if any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+        return None
+    datasets = _datasets(name)
+    try:
+        config = datasets.load_dataset_builder(name, **_no_code(datasets)).config
+    except Exception as err:  # as above
+        raise _refusal(name, 0, err) from err
+    reads_all = getattr(config, "field", None) is None and getattr(config, "columns", None) is None
+    if type(config).__name__ not in ("JsonConfig", "ParquetConfig") or not reads_all:
+        return None
+    return [str(file) for file in _split_of(name, split, config.data_files)]
+
+
+def _datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as err:
+        raise InputError(f"{name} is a dataset; `pip install 'datasets<4'` to read it") from err
+    return datasets
+
+
+def _no_code(datasets: Any) -> dict[str, Any]:
+    """Code that a dataset brings is never run: `datasets` before 4 would ask, and then do it."""
+    return {"trust_remote_code": False} if datasets.__version__ < "4" else {}
+
+
+def _loaded(datasets: Any, name: str, split: str | None) -> Iterable[Any]:
+    """The rows of a split."""
+    is_local = Path(name).is_dir()
     if is_local and (Path(name) / "dataset_info.json").is_file():
-        rows: Iterable[Any] = datasets.load_from_disk(name)
-        if split not in (None, str(rows.split)):  # type: ignore[attr-defined]
+        rows = datasets.load_from_disk(name)
+        if split not in (None, str(rows.split)):
             raise InputError(f"{name}: no dataset with a split {split!r} here; it holds one, so give {name}")
-        return rows
+        return cast(Iterable[Any], rows)
     if is_local and (Path(name) / "dataset_dict.json").is_file():
         return _split_of(name, split, datasets.load_from_disk(name))
-    no_code = {"trust_remote_code": False} if datasets.__version__ < "4" else {}
+    options = {"streaming": True, **_no_code(datasets)}
     if is_local:
-        return _split_of(name, split, datasets.load_dataset(name, streaming=True, **no_code))
-    return datasets.load_dataset(name, split=split or "train", streaming=True, **no_code)
+        return _split_of(name, split, datasets.load_dataset(name, **options))
+    return cast(Iterable[Any], datasets.load_dataset(name, split=split or "train", **options))
 
 
 def _files_shown(name: str) -> str:

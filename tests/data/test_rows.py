@@ -144,8 +144,9 @@ def test_a_directory_that_datasets_loads_is_a_source(tmp_path):
 
 
 def test_a_directory_without_data_is_refused_before_it_is_searched(tmp_path):
-    with pytest.raises(InputError, match="is a directory without data files"):
-        require_source(tmp_path)
+    for read in (require_source, lambda source: Lines(source, tmp_path)):
+        with pytest.raises(InputError, match="is a directory without data files"):
+            read(tmp_path)
 
 
 def test_a_dataset_of_the_hub_without_a_network_says_to_download(tmp_path):
@@ -288,3 +289,45 @@ def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path, spl
     datasets.Dataset.from_list(ROWS).save_to_disk(single)
     with pytest.raises(InputError, match="no dataset with a split 'test' here; it holds one"):
         rows_of(f"{single}@test", tmp_path)
+
+
+ODD = [
+    {"prompt": [{"type": "text", "text": "parts?"}], "response": "r"},
+    {"prompt": 7, "response": None},
+    {"other": {"keys": 1}},
+    {"prompt": {"text": "q"}, "response": ["r"]},
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("num_before", [1, 60_000])
+@pytest.mark.parametrize("names", [["train.jsonl"], ["train-0.jsonl", "train-1.jsonl"], ["train.json.gz"]])
+def test_a_record_of_other_types_keeps_its_place_in_a_directory(tmp_path, odd, num_before, names):
+    """`datasets` guesses a table's types from its first 10 MB and fails later."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rows = [{"prompt": f"q{n} " + "x" * 200, "response": "r"} for n in range(num_before)]
+    for name in names:
+        text = "".join(json.dumps(row) + "\n" for row in [*rows, odd]).encode()
+        (folder / name).write_bytes(gzip.compress(text, 1) if name.endswith(".gz") else text.removesuffix(b"\n"))
+    with Lines(folder, tmp_path) as lines:
+        assert len(lines) == len(names) * (num_before + 1)
+        for number, name in enumerate(names, 1):
+            last = lines[number * (num_before + 1) - 1]
+            assert (last.record, str(last.ref)) == (odd, f"{folder / name}:{num_before + 1}")
+            first = lines[(number - 1) * (num_before + 1)]
+            assert (first.record, str(first.ref)) == (rows[0], f"{folder / name}:1")
+
+
+def test_files_that_only_datasets_reads_are_still_read_and_fail_with_one_message(tmp_path):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "folder"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.csv").write_text("prompt,response\nq,r\n")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/*.csv\n---\n")
+    (folder / "extra.json").write_text("[]")
+    assert rows_of(folder, tmp_path) == [{"prompt": "q", "response": "r"}]
+    (folder / "data" / "train.csv").write_text('prompt,response\nq,r\nq,"r\n' + "a,b,c,d\n" * 9)
+    with pytest.raises(InputError, match=r"folder: cannot be (loaded|read after row \d+): .*Give one of its files"):
+        rows_of(folder, tmp_path)
