@@ -31,6 +31,7 @@ _LLAMA3_KEYS = {  # Hugging Face name -> NeMo name
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "old_context_len",
 }
+_NEWER_KEYS = ("rope_parameters", "dtype")  # of transformers 5: rope_theta and rope_scaling, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,17 @@ class HFConfig:
         rope.setdefault("rope_type", rope.pop("type", "default"))
         rope.setdefault("rope_theta", self.raw.get("rope_theta", 10000.0))
         return rope
+
+    def for_transformers_4(self) -> dict[str, Any]:
+        """The config in the spelling that transformers 4 reads.
+
+        It passes over `rope_parameters`, computes with a `rope_theta` of 10000 instead, and says nothing.
+        """
+        scaling = {key: value for key, value in self.rope.items() if key != "rope_theta"}
+        return {key: value for key, value in self.raw.items() if key not in _NEWER_KEYS} | {
+            "rope_theta": self.rope["rope_theta"],
+            "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+        }
 
     def layout(self, padded_vocab_size: int) -> Layout:
         return Layout(
@@ -116,16 +128,24 @@ def _problems(config: HFConfig) -> list[str]:
         problems.append(f"hidden_act is {raw['hidden_act']!r}; only 'silu' is known")
     if raw.get("quantization_config"):
         problems.append("quantization_config is set; convert the unquantised checkpoint")
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor is {raw['partial_rotary_factor']}; only 1.0 is known")
     if raw["num_attention_heads"] % config.num_query_groups:
         problems.append(
             f"num_attention_heads {raw['num_attention_heads']} is not a multiple of "
             f"num_key_value_heads {config.num_query_groups}"
         )
-    if not all(isinstance(raw.get(key) or {}, dict) for key in ("rope_scaling", "rope_parameters")):
-        return [*problems, f"rope_scaling is {raw.get('rope_scaling')!r}, not a mapping"]
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key) or {}, dict):
+            return [*problems, f"{key} is {raw[key]!r}, not a mapping"]
     rope = config.rope
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        return [*problems, f"rope_parameters differ by layer ({', '.join(nested)}); NeMo's Llama has one rope for all"]
+    if raw.get("rope_theta") not in (None, rope["rope_theta"]):
+        problems.append(f"rope_theta is {raw['rope_theta']}, but {rope['rope_theta']} in rope_parameters; keep one")
+    if not isinstance(rope["rope_theta"], (int, float)) or not rope["rope_theta"] > 0:
+        problems.append(f"rope_theta is {rope['rope_theta']!r}, not a positive number")
+    for rotary in (raw.get("partial_rotary_factor", 1.0), rope.get("partial_rotary_factor", 1.0)):
+        if rotary not in (None, 1.0):
+            problems.append(f"partial_rotary_factor is {rotary}; only 1.0 is known")
     needed = {"default": (), "linear": ("factor",), "llama3": tuple(_LLAMA3_KEYS)}.get(rope["rope_type"])
     if needed is None:
         problems.append(f"rope type is {rope['rope_type']!r}; only default, linear and llama3 are known")

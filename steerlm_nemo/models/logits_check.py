@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerlm_nemo.checkpoint.from_hf import Conversion, gigabytes
+from steerlm_nemo.checkpoint.llama_config import read_hf_config
 from steerlm_nemo.compat.capabilities import missing_packages
 from steerlm_nemo.errors import CheckpointError
 
@@ -157,7 +158,7 @@ def main() -> None:
     hf_dir, nemo_path, dtype, result = sys.argv[1:]
     import torch
 
-    config = json.loads(Path(hf_dir, "config.json").read_text())
+    config = read_hf_config(Path(hf_dir)).raw
     length = min(NUM_TOKENS, config["max_position_embeddings"])
     token_ids = torch.randint(0, config["vocab_size"], (length,), generator=torch.Generator().manual_seed(0))
     theirs = transformers_logits(Path(hf_dir), token_ids, getattr(torch, dtype))
@@ -176,12 +177,21 @@ def main() -> None:
 
 
 def transformers_logits(folder: Path, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logits [S, V] of S token ids by transformers, in fp32 with the weights rounded to `dtype`."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """Logits [S, V] of S token ids by transformers, in fp32 with the weights rounded to `dtype`.
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+    The parameters are those that we read: an installed transformers 4 does not know how 5 spells them.
+    """
+    import torch
+    import transformers
+
+    config = read_hf_config(folder)
+    model_class = getattr(transformers, config.raw["architectures"][0])
+    model = model_class.from_pretrained(
+        folder,
+        config=model_class.config_class.from_dict(config.for_transformers_4()),
+        torch_dtype=dtype,
+        attn_implementation="eager",
+        use_safetensors=True,
     ).float()
     with torch.no_grad():
         return model(token_ids.reshape(1, -1)).logits[0]

@@ -1,0 +1,94 @@
+"""Hugging Face folders as other programs and other versions save them: converted as transformers reads them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llamas import LLAMA3_ROPE, MakeLlama, convert_quietly
+
+from steerlm_nemo.checkpoint.archive import read_config
+from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
+from steerlm_nemo.errors import CheckpointError
+from steerlm_nemo.models.logits_check import logits_check, transformers_logits
+
+STACK = "needs the training stack: nemo_toolkit, megatron-core, nemo-aligner"
+LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0}
+
+
+def changed(source: Path, folder: Path, without: tuple[str, ...] = (), **config: Any) -> Path:
+    """A copy of a Hugging Face folder with other entries in its config.json."""
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in without}
+    path.write_text(json.dumps(raw | config))
+    return folder
+
+
+def respelled(source: Path, folder: Path) -> Path:
+    """The folder as transformers 5 spells its config."""
+    raw = json.loads((source / "config.json").read_text())
+    rope = {"rope_theta": raw["rope_theta"], "rope_type": "default"} | (raw["rope_scaling"] or {})
+    old = ("rope_theta", "rope_scaling", "torch_dtype")
+    return changed(source, folder, old, rope_parameters=rope, dtype=raw["torch_dtype"])
+
+
+@pytest.mark.parametrize("scaling", [None, LINEAR_ROPE, LLAMA3_ROPE])
+def test_a_config_of_transformers_5_converts_as_the_same_config_of_4(
+    make_llama: MakeLlama, tmp_path: Path, scaling: dict[str, Any] | None
+) -> None:
+    older = make_llama(rope_theta=5e5, rope_scaling=scaling)
+    newer = respelled(older, tmp_path / "newer")
+    one, other = (
+        read_config(convert_quietly(folder, tmp_path / f"{number}.nemo"))
+        for number, folder in enumerate((older, newer))
+    )
+    assert one["rotary_base"] == 5e5
+    assert {**one, "hf_checkpoint": None} == {**other, "hf_checkpoint": None}
+
+
+@pytest.mark.parametrize("scaling", [None, LINEAR_ROPE, LLAMA3_ROPE])
+def test_the_reference_computes_with_the_rope_that_a_config_of_transformers_5_has(
+    make_llama: MakeLlama, tmp_path: Path, scaling: dict[str, Any] | None
+) -> None:
+    older = make_llama(rope_theta=5e5, rope_scaling=scaling)
+    newer = respelled(older, tmp_path / "newer")
+    token_ids = torch.arange(3, 203)
+    logits = transformers_logits(older, token_ids, torch.float32)
+    assert torch.equal(transformers_logits(newer, token_ids, torch.float32), logits)
+    other = changed(older, tmp_path / "other", rope_theta=10000.0)  # the control: what an unread rope_theta becomes
+    assert (transformers_logits(other, token_ids, torch.float32) - logits).abs().max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_folder_of_transformers_5_passes_the_comparison_of_logits(make_llama: MakeLlama, tmp_path: Path) -> None:
+    pytest.importorskip("nemo", reason=STACK)
+    newer = respelled(make_llama(rope_theta=5e5, dtype="bfloat16"), tmp_path / "newer")
+    said: list[str] = []
+    plan = plan_conversion(newer, None)
+    convert(plan, tmp_path / "model.nemo", said.append, logits_check(plan, newer, said.append))
+    assert any(line.startswith("logits of 128 tokens differ by") for line in said), said
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_parameters": [1]}, "rope_parameters is [1], not a mapping"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type is 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters differ by layer"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"rope_theta": "many"}}, "rope_theta is 'many', not a positive number"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta is 10000.0, but 500000.0 in"),
+    ],
+)
+def test_rope_parameters_that_a_llama_of_nemo_has_not_are_refused(
+    llama: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    folder = changed(llama, tmp_path / "model", ("rope_theta", "rope_scaling"), **config)
+    with pytest.raises(CheckpointError) as refusal:
+        plan_conversion(folder, None)
+    assert message in str(refusal.value)
