@@ -131,7 +131,8 @@ class HuggingFaceTokenizer:
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.eos_id: int = self._tokenizer.eos_token_id
         self.vocab_size: int = len(self._tokenizer)
-        if self._tokenizer.is_fast:
+        self.is_fast: bool = self._tokenizer.is_fast
+        if self.is_fast:
             # Asked for directly below, in two thirds of the time; what the Python around it does at every call is
             # undone here once: a tokenizer.json may ask for a maximal length and for padding.
             self._tokenizer.backend_tokenizer.no_truncation()

@@ -144,6 +144,8 @@ def convert(
     started = time.monotonic()
     _require_space(out, conversion.num_bytes)
     layout, tensors = conversion.layout, conversion.tensors
+    for note in conversion.tokenizer.notes:
+        report(f"NOTE: {note}")
     report(
         f"{conversion.config.raw['architectures'][0]}, {len(tensors)} tensors, {layout.num_layers} layers; writing "
         f"{gigabytes(conversion.num_bytes)} of {conversion.dtype}"

@@ -7,7 +7,9 @@ Two kinds: a SentencePiece `tokenizer.model`, which stock NeMo resolves inside t
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,17 @@ SENTENCEPIECE, HUGGINGFACE = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _COMPANIONS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 PACKED_NAMES = (SENTENCEPIECE, HUGGINGFACE, *_COMPANIONS)
+_OF_A_CLASS = ("tokenizer_class", "auto_map", "backend", "extra_special_tokens")  # of tokenizer_config.json
+# Where classes differ: the first space, runs of spaces, line ends, digits, accents, other scripts, our own markers.
+_SAMPLES = (
+    "Hello, world",
+    " a space first,  two within, one at the end ",
+    "line\n\nline\r\n\ttab",
+    "It's 31,415.9 - I'll don't",
+    "Zoë naïve Straße 你好 こんにちは Привет \U0001f600",
+    "<extra_id_1>Assistant\n<extra_id_2>quality:4,toxicity:0\n",
+    "<s>[INST] </s><|im_start|><|eot_id|>",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class TokenizerFiles:
     library: str  # as NeMo's `tokenizer.library`: sentencepiece or huggingface
     size: int  # number of tokens, as NeMo counts them
     files: dict[str, bytes]  # member name -> content
+    notes: tuple[str, ...] = ()  # what the user should know of the choice
 
     def nemo_config(self) -> dict[str, Any]:
         """The `tokenizer` section of `model_config.yaml`."""
@@ -47,7 +61,7 @@ def find_tokenizer(folder: Path) -> TokenizerFiles:
     """The tokenizer of a Hugging Face folder; `tokenizer.model` wins where both are there, as in the reference.
 
     Raises:
-        InputError: there is none, or its file is damaged.
+        InputError: there is none, its file is damaged, or nothing would load what is packed of it.
     """
     files = {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
     if (folder / HUGGINGFACE).is_file():
@@ -58,9 +72,88 @@ def find_tokenizer(folder: Path) -> TokenizerFiles:
         return TokenizerFiles("sentencepiece", size, files)
     if HUGGINGFACE not in files:
         raise InputError(f"{folder}: has neither {SENTENCEPIECE} nor {HUGGINGFACE}; copy the model's tokenizer there")
-    # Without a class name transformers cannot tell which tokenizer a folder holds.
-    files.setdefault(TOKENIZER_CONFIG, b'{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    return TokenizerFiles("huggingface", tokenizer_json_size(str(folder / HUGGINGFACE), files[HUGGINGFACE]), files)
+    size = tokenizer_json_size(str(folder / HUGGINGFACE), files[HUGGINGFACE])
+    if importlib.util.find_spec("transformers") is None:
+        files.setdefault(TOKENIZER_CONFIG, b'{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        note = f"{HUGGINGFACE} is packed without having been loaded: transformers is not installed here"
+        return TokenizerFiles("huggingface", size, files, (note,))
+    return _loadable(folder, files)
+
+
+def _loadable(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
+    """What to pack so that transformers loads it by itself and makes the tokens that the source makes.
+
+    transformers 5 names classes that 4 has not, and where no class is named transformers guesses one by the model, with
+    tokens that the file may not have. Then tokenizer.json is read as it is: it holds the whole tokenizer but for which
+    tokens begin and end a text.
+    """
+    plain_config, names_a_class = _plain_config(folder / TOKENIZER_CONFIG, files)
+    source, reason = _load(folder) if names_a_class else (None, "")
+    if source is not None:
+        expected = [source.encode(text) for text in _SAMPLES]
+    else:
+        expected = _tokens_of_json(folder / HUGGINGFACE, files[HUGGINGFACE])
+    plain = {**files, TOKENIZER_CONFIG: plain_config}
+    for candidate in (files, plain):
+        with tempfile.TemporaryDirectory(prefix="tokenizer-") as packed:
+            for name, data in candidate.items():
+                Path(packed, name).write_bytes(data)
+            tokenizer, failure = _load(Path(packed))
+        if tokenizer is None:
+            reason = reason or failure
+        elif [tokenizer.encode(text) for text in _SAMPLES] != expected:
+            reason = "it makes other tokens than the source"
+        elif source is None or tokenizer.eos_id == source.eos_id:
+            notes = (f"{TOKENIZER_CONFIG} names no class that loads here; {HUGGINGFACE} is read as it is",)
+            return TokenizerFiles(
+                "huggingface", tokenizer.vocab_size, candidate, notes if candidate is plain and source is None else ()
+            )
+        else:
+            reason = f"its texts end in token {tokenizer.eos_id}, those of the source in {source.eos_id}"
+    raise InputError(
+        f"{folder / TOKENIZER_CONFIG}: what would be packed of this tokenizer does not load as it should: {reason}. "
+        'Set tokenizer_class to "PreTrainedTokenizerFast", or save the tokenizer with the installed transformers.'
+    )
+
+
+def _load(folder: Path) -> tuple[HuggingFaceTokenizer | None, str]:
+    """The fast tokenizer of a folder, or why there is none."""
+    try:
+        tokenizer = HuggingFaceTokenizer(folder)
+        return (tokenizer, "") if tokenizer.is_fast else (None, "its class does not read tokenizer.json")
+    except Exception as err:  # what the class of a tokenizer raises is its own: AttributeError, KeyError, Exception
+        return None, str(err) or repr(err)
+
+
+def _tokens_of_json(path: Path, data: bytes) -> list[list[int]]:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    except Exception as err:  # the library raises nothing narrower
+        raise InputError(
+            f"{path}: tokenizers {tokenizers.__version__} cannot read it: {err}. It is damaged, or made by a newer "
+            "version: download it again, or save it with the installed one."
+        ) from err
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in _SAMPLES]
+
+
+def _plain_config(path: Path, files: dict[str, bytes]) -> tuple[bytes, bool]:
+    """tokenizer_config.json for the class that takes tokenizer.json as it is, and whether it named a class before."""
+    try:
+        config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+    except ValueError as err:
+        raise InputError(f"{path}: not valid JSON: {err}") from err
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    extra = config.get("extra_special_tokens")
+    kept = {key: value for key, value in config.items() if key not in _OF_A_CLASS}
+    if isinstance(extra, list):  # as transformers 5 writes what 4 calls additional_special_tokens
+        kept.setdefault("additional_special_tokens", extra)
+    plain = kept | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return json.dumps(plain, indent=1).encode(), bool(config.get("tokenizer_class"))
 
 
 def sentencepiece_facts(data: bytes, where: str) -> dict[str, Any]:

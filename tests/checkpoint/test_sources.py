@@ -11,9 +11,10 @@ import pytest
 import torch
 from llamas import LLAMA3_ROPE, MakeLlama, convert_quietly
 
-from steerlm_nemo.checkpoint.archive import read_config
+from steerlm_nemo.checkpoint.archive import open_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
-from steerlm_nemo.errors import CheckpointError
+from steerlm_nemo.checkpoint.tokenizer_files import find_tokenizer, localise_tokenizer
+from steerlm_nemo.errors import CheckpointError, InputError
 from steerlm_nemo.models.logits_check import logits_check, transformers_logits
 
 STACK = "needs the training stack: nemo_toolkit, megatron-core, nemo-aligner"
@@ -92,3 +93,72 @@ def test_rope_parameters_that_a_llama_of_nemo_has_not_are_refused(
     with pytest.raises(CheckpointError) as refusal:
         plan_conversion(folder, None)
     assert message in str(refusal.value)
+
+
+def with_tokenizer_config(source: Path, folder: Path, change: dict[str, Any] | None) -> Path:
+    """A copy with other entries in tokenizer_config.json (None takes one away), or without the file."""
+    shutil.copytree(source, folder)
+    path = folder / "tokenizer_config.json"
+    if change is None:
+        path.unlink()
+        return folder
+    raw = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True},
+        {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|eot_id|>"]},
+        {"extra_special_tokens": ["<|eot_id|>"]},
+        {"tokenizer_class": "TokenizerOfNextYear"},
+        {"tokenizer_class": "TheirTokenizer", "auto_map": {"AutoTokenizer": [None, "theirs.TheirTokenizer"]}},
+        {"tokenizer_class": None},
+    ],
+)
+def test_a_tokenizer_of_an_unknown_class_is_read_from_its_json(
+    llama3_style: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    from transformers import AutoTokenizer
+
+    known = AutoTokenizer.from_pretrained(llama3_style)
+    folder = with_tokenizer_config(llama3_style, tmp_path / "model", change)
+    with open_nemo(convert_quietly(folder, tmp_path / "model.nemo")) as nemo:
+        # NeMo loads `tokenizer.type` in just this way.
+        packed = AutoTokenizer.from_pretrained(localise_tokenizer(nemo.config, nemo.dir)["tokenizer"]["type"])
+    ids = (known.bos_token_id, known.eos_token_id)
+    assert None not in ids
+    assert (packed.bos_token_id, packed.eos_token_id, len(packed)) == (*ids, len(known))
+    text = "  The table — each row\n<|eot_id|> 42"
+    assert packed.encode(text, add_special_tokens=False) == known.encode(text, add_special_tokens=False)
+
+
+def test_a_tokenizer_that_loads_is_packed_as_it_is(llama3_style: Path) -> None:
+    packed = find_tokenizer(llama3_style)
+    assert packed.files["tokenizer_config.json"] == (llama3_style / "tokenizer_config.json").read_bytes()
+    assert packed.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("tokenizer_config.json", lambda text: text[:-9], r"tokenizer_config\.json: not valid JSON"),
+        ("tokenizer_config.json", lambda text: "[]", r"tokenizer_config\.json: expected a JSON object, found list"),
+        ("tokenizer.json", lambda text: text[:-9], r"tokenizer\.json: not a Hugging Face tokenizer\.json"),
+        (
+            "tokenizer.json",
+            lambda text: text.replace('"ByteLevel"', '"NextLevel"'),
+            r"tokenizers [\d.]+ cannot read it",
+        ),
+    ],
+)
+def test_a_tokenizer_that_nothing_loads_is_refused_before_anything_is_written(
+    llama3_style: Path, tmp_path: Path, name: str, damage: Any, message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama3_style, folder)
+    (folder / name).write_text(damage((folder / name).read_text()))
+    with pytest.raises(InputError, match=message):
+        plan_conversion(folder, None)
