@@ -22,7 +22,8 @@ import yaml
 from steerlm_nemo.checkpoint.archive import WEIGHTS_DIR, NemoWriter
 from steerlm_nemo.checkpoint.llama_config import HFConfig, nemo_config, read_hf_config, vocabulary_padding
 from steerlm_nemo.checkpoint.mapping import EXTRA_STATE, EXTRA_STATE_STACKED, OUTPUT, Layout, Rule, rules_for
-from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, TensorPlace, find_tensors
+from steerlm_nemo.checkpoint.safetensors_io import INDEX as INDEX_OF_SHARDS
+from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, SINGLE, TensorPlace, find_tensors
 from steerlm_nemo.checkpoint.safety import CONFIG_NAME
 from steerlm_nemo.checkpoint.streaming import PIECE_BYTES, in_pieces, read_ahead
 from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, find_tokenizer
@@ -144,7 +145,7 @@ def convert(
     started = time.monotonic()
     _require_space(out, conversion.num_bytes)
     layout, tensors = conversion.layout, conversion.tensors
-    for note in conversion.tokenizer.notes:
+    for note in (*_passed_over(conversion.tensors), *conversion.tokenizer.notes):
         report(f"NOTE: {note}")
     report(
         f"{conversion.config.raw['architectures'][0]}, {len(tensors)} tensors, {layout.num_layers} layers; writing "
@@ -174,6 +175,14 @@ def convert(
         archive.add(f"{WEIGHTS_DIR}/common.pt", common)
         archive.add(f"{WEIGHTS_DIR}/metadata.json", backend)
     report(f"wrote {out}: {gigabytes(out.stat().st_size)} in {seconds:.1f} s; vocabulary {vocabulary_text(layout)}")
+
+
+def _passed_over(tensors: dict[str, TensorPlace]) -> list[str]:
+    """That other weights lie beside those converted."""
+    index = next(iter(tensors.values())).path.with_name(INDEX_OF_SHARDS)
+    if index.with_name(SINGLE).is_file() and index.is_file():
+        return [f"{SINGLE} is converted, as transformers would load it; {index.name} and its shards are passed over"]
+    return []
 
 
 @dataclass(frozen=True)

@@ -93,15 +93,17 @@ def _place(path: Path, size: int, data_start: int, name: str, entry: dict[str, A
 def find_tensors(folder: Path) -> dict[str, TensorPlace]:
     """Every tensor of a Hugging Face folder, from one file or from the shards that its index names.
 
+    Where both are there the single file counts, as for transformers: shards of an earlier save often stay beside it.
+
     Raises:
         InputError: no safetensors there, a shard is missing, or index and shards disagree.
     """
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            others = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f" Load {others[0]} with transformers and save it again as safetensors." if others else ""
-            raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}.{hint}")
+    if (folder / SINGLE).is_file():
         return places_in(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f" Load {others[0]} with transformers and save it again as safetensors." if others else ""
+        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}.{hint}")
     try:
         weight_map: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError) as err:

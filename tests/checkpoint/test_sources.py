@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import LLAMA3_ROPE, MakeLlama, convert_quietly
+from llamas import LLAMA3_ROPE, MakeLlama, convert_quietly, export_quietly
+from safetensors.torch import load_file, save_file
 
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
@@ -162,3 +163,37 @@ def test_a_tokenizer_that_nothing_loads_is_refused_before_anything_is_written(
     (folder / name).write_text(damage((folder / name).read_text()))
     with pytest.raises(InputError, match=message):
         plan_conversion(folder, None)
+
+
+def in_shards(source: Path, folder: Path, change: float, num_shards: int) -> Path:
+    """A copy with an index and shards beside its model.safetensors; of their norm something is taken."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] - change
+    names, weight_map = sorted(tensors), {}
+    for number in range(num_shards):
+        shard = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = names[number::num_shards]
+        save_file({name: tensors[name] for name in part}, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_the_weights_are_those_that_transformers_loads_where_shards_lie_beside_a_single_file(
+    llama: Path, tmp_path: Path, num_shards: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = in_shards(llama, tmp_path / "model", 0.25, num_shards)
+    said: list[str] = []
+    convert(plan_conversion(folder, None), tmp_path / "model.nemo", said.append)
+    back = load_file(export_quietly(tmp_path / "model.nemo", tmp_path / "back") / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in back.items())
+    assert "model.safetensors.index.json and its shards are passed over" in said[0]
+    (folder / "model.safetensors").unlink()  # the control: alone, the shards are the model
+    convert(plan_conversion(folder, None), tmp_path / "shards.nemo", said.append)
+    other = load_file(export_quietly(tmp_path / "shards.nemo", tmp_path / "other") / "model.safetensors")
+    assert torch.equal(other["model.norm.weight"], back["model.norm.weight"] - 0.25)
