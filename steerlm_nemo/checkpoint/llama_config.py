@@ -339,7 +339,7 @@ def hf_config(
         "hidden_act": "silu",
         "pretraining_tp": 1,
         "use_cache": True,
-    } | {key: value for key, value in source.items() if key != "rope_parameters"}
+    } | {key: value for key, value in source.items() if key not in _NEWER_KEYS}
     return exported | {
         "hidden_size": layout.hidden_size,
         "intermediate_size": layout.ffn_hidden_size,
@@ -355,4 +355,5 @@ def hf_config(
         "rope_scaling": rope,
         "tie_word_embeddings": tied,
         "torch_dtype": dtype,
+        "dtype": dtype,  # for transformers 5, which prefers it
     }

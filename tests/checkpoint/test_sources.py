@@ -197,3 +197,23 @@ def test_the_weights_are_those_that_transformers_loads_where_shards_lie_beside_a
     convert(plan_conversion(folder, None), tmp_path / "shards.nemo", said.append)
     other = load_file(export_quietly(tmp_path / "shards.nemo", tmp_path / "other") / "model.safetensors")
     assert torch.equal(other["model.norm.weight"], back["model.norm.weight"] - 0.25)
+
+
+@pytest.mark.parametrize("precision", ["32", "16", "bf16"])
+@pytest.mark.parametrize("spelling", [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {}])
+def test_an_export_names_the_dtype_of_its_weights_and_no_other(
+    llama: Path, tmp_path: Path, precision: str, spelling: dict[str, str]
+) -> None:
+    folder = changed(llama, tmp_path / "model", ("torch_dtype",), **spelling)
+    back = export_quietly(convert_quietly(folder, tmp_path / "model.nemo", precision), tmp_path / "back")
+    exported = json.loads((back / "config.json").read_text())
+    stored = {str(tensor.dtype) for tensor in load_file(back / "model.safetensors").values()}
+    assert {f"torch.{exported[key]}" for key in ("torch_dtype", "dtype")} == stored
+
+
+def test_an_export_has_one_rope(make_llama: MakeLlama, tmp_path: Path) -> None:
+    newer = respelled(make_llama(rope_theta=5e5, rope_scaling=LINEAR_ROPE), tmp_path / "newer")
+    back = export_quietly(convert_quietly(newer, tmp_path / "model.nemo"), tmp_path / "back")
+    exported = json.loads((back / "config.json").read_text())
+    assert (exported["rope_theta"], exported["rope_scaling"]["factor"]) == (5e5, 2.0)
+    assert "rope_parameters" not in exported
