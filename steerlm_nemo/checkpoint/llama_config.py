@@ -15,7 +15,34 @@ from steerlm_nemo.checkpoint.mapping import Layout
 from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles
 from steerlm_nemo.errors import CheckpointError, InputError
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+# What an absent key means: the defaults of transformers' class.
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_DEFAULTS = {
+    "LlamaForCausalLM": _LLAMA_DEFAULTS,
+    "MistralForCausalLM": _LLAMA_DEFAULTS
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+ARCHITECTURES = tuple(_DEFAULTS)
 NEMO_CLASS = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 NEMO_VERSION = "2.3.2"
 SOURCE_KEY = "hf_checkpoint"  # in model_config.yaml: what the checkpoint was converted from
@@ -36,7 +63,7 @@ _NEWER_KEYS = ("rope_parameters", "dtype")  # of transformers 5: rope_theta and 
 
 @dataclass(frozen=True)
 class HFConfig:
-    """A `config.json` that has been checked; `raw` is the file."""
+    """A `config.json` that has been checked; `raw` is the file, with the defaults of its class for absent keys."""
 
     raw: dict[str, Any]
     where: str
@@ -105,7 +132,13 @@ def read_hf_config(folder: Path) -> HFConfig:
         raise InputError(f"{path}: not valid JSON: {err}") from err
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    config = HFConfig(raw, str(path))
+    architectures = raw.get("architectures")
+    if architectures not in [[name] for name in ARCHITECTURES]:
+        raise CheckpointError(
+            f"{path}: this model cannot be converted:\n  architectures is {architectures}; only "
+            f"{' and '.join(ARCHITECTURES)} are known"
+        )
+    config = HFConfig(_DEFAULTS[architectures[0]] | raw, str(path))
     if problems := list(_problems(config)):
         raise CheckpointError(f"{path}: this model cannot be converted:\n  " + "\n  ".join(problems))
     return config
@@ -113,9 +146,6 @@ def read_hf_config(folder: Path) -> HFConfig:
 
 def _problems(config: HFConfig) -> list[str]:
     raw = config.raw
-    architectures = raw.get("architectures") or []
-    if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
-        return [f"architectures is {architectures}; only {' and '.join(ARCHITECTURES)} are known"]
     if missing := [key for key in _REQUIRED if not isinstance(raw.get(key), (int, float)) or raw[key] <= 0]:
         return [f"{', '.join(missing)}: missing, or not a positive number"]
     problems = []
@@ -123,8 +153,11 @@ def _problems(config: HFConfig) -> list[str]:
         if raw.get(key):
             problems.append(f"{key} is true; NeMo's Llama has no biases")
     if raw.get("sliding_window") is not None:
-        problems.append(f"sliding_window is {raw['sliding_window']}; the converted model would attend to everything")
-    if raw.get("hidden_act", "silu") != "silu":
+        problems.append(
+            f"sliding_window is {raw['sliding_window']} (the default of Mistral where it is absent; null means none); "
+            "the converted model would attend to everything"
+        )
+    if raw["hidden_act"] != "silu":
         problems.append(f"hidden_act is {raw['hidden_act']!r}; only 'silu' is known")
     if raw.get("quantization_config"):
         problems.append("quantization_config is set; convert the unquantised checkpoint")

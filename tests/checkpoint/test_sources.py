@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
+from steerlm_nemo.checkpoint.llama_config import read_hf_config
 from steerlm_nemo.checkpoint.tokenizer_files import find_tokenizer, localise_tokenizer
 from steerlm_nemo.errors import CheckpointError, InputError
 from steerlm_nemo.models.logits_check import logits_check, transformers_logits
@@ -217,3 +218,38 @@ def test_an_export_has_one_rope(make_llama: MakeLlama, tmp_path: Path) -> None:
     exported = json.loads((back / "config.json").read_text())
     assert (exported["rope_theta"], exported["rope_scaling"]["factor"]) == (5e5, 2.0)
     assert "rope_parameters" not in exported
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_absent_keys_mean_what_the_class_of_transformers_takes_them_for(
+    llama: Path, tmp_path: Path, architecture: str
+) -> None:
+    import transformers
+
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    bare: dict[str, Any] = {"architectures": [architecture], "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(bare))
+    config = read_hf_config(folder)
+    theirs = getattr(transformers, architecture).config_class(**bare)
+    for key, value in config.raw.items():
+        if value is not None:  # null: worked out from others, see below
+            assert getattr(theirs, key) == value, key
+    assert config.num_query_groups == theirs.num_key_value_heads
+    assert config.head_dim == theirs.hidden_size // theirs.num_attention_heads
+    assert config.rope == {"rope_type": "default", "rope_theta": theirs.rope_theta}
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [("sliding_window", "sliding_window is 4096"), ("num_key_value_heads", "num_key_value_heads 8")],
+)
+def test_what_an_absent_key_of_mistral_means_is_refused_as_if_written_out(
+    llama: Path, tmp_path: Path, absent: str, message: str
+) -> None:
+    mistral: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    mistral |= {"sliding_window": None} if absent != "sliding_window" else {}
+    folder = changed(llama, tmp_path / "model", (absent,), **mistral)
+    with pytest.raises(CheckpointError) as refusal:
+        plan_conversion(folder, None)
+    assert message in str(refusal.value)
