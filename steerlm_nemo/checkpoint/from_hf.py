@@ -7,7 +7,6 @@ needs torch.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -20,8 +19,14 @@ from typing import Any
 import yaml
 
 from steerlm_nemo.checkpoint.archive import WEIGHTS_DIR, NemoWriter
-from steerlm_nemo.checkpoint.llama_config import HFConfig, nemo_config, read_hf_config, vocabulary_padding
-from steerlm_nemo.checkpoint.mapping import EXTRA_STATE, EXTRA_STATE_STACKED, OUTPUT, Layout, Rule, rules_for
+from steerlm_nemo.checkpoint.llama_config import (
+    HFConfig,
+    nemo_config,
+    read_hf_config,
+    read_json_object,
+    vocabulary_padding,
+)
+from steerlm_nemo.checkpoint.mapping import EMBEDDING, EXTRA_STATE, EXTRA_STATE_STACKED, OUTPUT, Layout, Rule, rules_for
 from steerlm_nemo.checkpoint.safetensors_io import INDEX as INDEX_OF_SHARDS
 from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, SINGLE, TensorPlace, find_tensors
 from steerlm_nemo.checkpoint.safety import CONFIG_NAME
@@ -87,10 +92,7 @@ def plan_conversion(folder: Path, precision: str | None) -> Conversion:
             raise InputError(f"{folder}: has tensors of {', '.join(sorted(dtypes))}; choose one with --precision")
         precision = next(name for name, dtype in DTYPES.items() if dtype in dtypes)
     generation_path = folder / "generation_config.json"
-    try:
-        generation = json.loads(generation_path.read_bytes()) if generation_path.is_file() else {}
-    except ValueError as err:
-        raise InputError(f"{generation_path}: not valid JSON: {err}") from err
+    generation = read_json_object(generation_path) if generation_path.is_file() else {}
     return Conversion(config, tensors, tokenizer, layout, divisor, precision, generation)
 
 
@@ -107,7 +109,8 @@ def _check_tensors(config: HFConfig, tensors: dict[str, TensorPlace], layout: La
             if place.shape != expected[name]:
                 problems.append(f"{name} has shape {list(place.shape)}, config.json asks for {list(expected[name])}")
         elif name == OUTPUT.hf[0]:  # tied, and stored all the same
-            if not _same_bytes(place, tensors["model.embed_tokens.weight"]):
+            embedding = tensors.get(EMBEDDING.hf[0])  # reported above where it is missing
+            if embedding is not None and not _same_bytes(place, embedding):
                 problems.append(f"{name} differs from the embedding, but tie_word_embeddings is true")
         elif not name.endswith(_IGNORED_SUFFIX):
             problems.append(f"{name} is not a tensor of this architecture")

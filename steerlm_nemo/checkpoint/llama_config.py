@@ -48,10 +48,12 @@ NEMO_VERSION = "2.3.2"
 SOURCE_KEY = "hf_checkpoint"  # in model_config.yaml: what the checkpoint was converted from
 TP_SIZES = (1, 2, 4, 8)
 
-_REQUIRED = (
+_SIZES = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
-    *("max_position_embeddings", "rms_norm_eps"),
-)  # fmt: skip
+    "max_position_embeddings",
+)
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+_NUMBERS = ("rms_norm_eps", "initializer_range")
 _LLAMA3_KEYS = {  # Hugging Face name -> NeMo name
     "factor": "scale_factor",
     "low_freq_factor": "low_freq_factor",
@@ -112,6 +114,19 @@ class HFConfig:
         )
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises InputError: the file cannot be read, or is not a JSON object."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as err:
+        raise InputError(f"{path}: cannot be read: {err.strerror}") from err
+    except ValueError as err:
+        raise InputError(f"{path}: not valid JSON: {err}") from err
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
 def read_hf_config(folder: Path) -> HFConfig:
     """Read and check `config.json`.
 
@@ -126,12 +141,7 @@ def read_hf_config(folder: Path) -> HFConfig:
         )
     if not path.is_file():
         raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face checkpoint")
-    try:
-        raw = json.loads(path.read_bytes())
-    except ValueError as err:
-        raise InputError(f"{path}: not valid JSON: {err}") from err
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    raw = read_json_object(path)
     architectures = raw.get("architectures")
     if architectures not in [[name] for name in ARCHITECTURES]:
         raise CheckpointError(
@@ -146,9 +156,15 @@ def read_hf_config(folder: Path) -> HFConfig:
 
 def _problems(config: HFConfig) -> list[str]:
     raw = config.raw
-    if missing := [key for key in _REQUIRED if not isinstance(raw.get(key), (int, float)) or raw[key] <= 0]:
-        return [f"{', '.join(missing)}: missing, or not a positive number"]
-    problems = []
+    if missing := [key for key in _SIZES if type(raw[key]) is not int or raw[key] <= 0]:
+        return [f"{', '.join(missing)}: missing, or not a positive whole number"]
+    if wrong := [
+        key for key in _OPTIONAL_SIZES if raw[key] is not None and (type(raw[key]) is not int or raw[key] < 1)
+    ]:
+        return [f"{key} is {raw[key]!r}, not a positive whole number" for key in wrong]
+    problems = [f"{key} is {raw[key]!r}, not a number" for key in _NUMBERS if not _is_number(raw[key])]
+    if not isinstance(raw["tie_word_embeddings"], bool):
+        problems.append(f"tie_word_embeddings is {raw['tie_word_embeddings']!r}, neither true nor false")
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             problems.append(f"{key} is true; NeMo's Llama has no biases")
@@ -174,17 +190,23 @@ def _problems(config: HFConfig) -> list[str]:
         return [*problems, f"rope_parameters differ by layer ({', '.join(nested)}); NeMo's Llama has one rope for all"]
     if raw.get("rope_theta") not in (None, rope["rope_theta"]):
         problems.append(f"rope_theta is {raw['rope_theta']}, but {rope['rope_theta']} in rope_parameters; keep one")
-    if not isinstance(rope["rope_theta"], (int, float)) or not rope["rope_theta"] > 0:
+    if not _is_number(rope["rope_theta"]) or not rope["rope_theta"] > 0:
         problems.append(f"rope_theta is {rope['rope_theta']!r}, not a positive number")
     for rotary in (raw.get("partial_rotary_factor", 1.0), rope.get("partial_rotary_factor", 1.0)):
         if rotary not in (None, 1.0):
             problems.append(f"partial_rotary_factor is {rotary}; only 1.0 is known")
-    needed = {"default": (), "linear": ("factor",), "llama3": tuple(_LLAMA3_KEYS)}.get(rope["rope_type"])
+    needed = {"default": (), "linear": ("factor",), "llama3": tuple(_LLAMA3_KEYS)}.get(str(rope["rope_type"]))
     if needed is None:
         problems.append(f"rope type is {rope['rope_type']!r}; only default, linear and llama3 are known")
     elif absent := [key for key in needed if key not in rope]:
         problems.append(f"rope type {rope['rope_type']} lacks {', '.join(absent)}")
+    else:
+        problems += [f"{key} of the rope is {rope[key]!r}, not a number" for key in needed if not _is_number(rope[key])]
     return problems
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def vocabulary_padding(num_rows: int, tokenizer_size: int) -> tuple[int, int]:

@@ -83,6 +83,8 @@ def _place(path: Path, size: int, data_start: int, name: str, entry: dict[str, A
             f"only {', '.join(TORCH_DTYPES)}"
         )
     first, last = entry["data_offsets"]
+    if not all(type(number) is int for number in (first, last, *entry["shape"])):
+        raise TypeError(f"shape or data_offsets of {name}")
     dtype, shape = TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"])
     start, num_bytes = data_start + first, last - first
     if num_bytes != math.prod(shape) * ITEM_SIZE[dtype] or first < 0 or start + num_bytes > size:
@@ -106,8 +108,17 @@ def find_tensors(folder: Path) -> dict[str, TensorPlace]:
         raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}.{hint}")
     try:
         weight_map: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    except OSError as err:
+        raise InputError(f"{folder / INDEX}: cannot be read: {err.strerror}") from err
     except (ValueError, KeyError, TypeError) as err:
         raise InputError(f"{folder / INDEX}: not a safetensors index ({err!r})") from err
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX}: not a safetensors index (weight_map is {str(weight_map)[:60]})")
+    if wrong := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
+        raise InputError(
+            f"{folder / INDEX}: not a safetensors index (weight_map gives {wrong[0]} no file name, but "
+            f"{weight_map[wrong[0]]!r}); download it again"
+        )
     places: dict[str, TensorPlace] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:

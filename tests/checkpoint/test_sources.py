@@ -253,3 +253,60 @@ def test_what_an_absent_key_of_mistral_means_is_refused_as_if_written_out(
     with pytest.raises(CheckpointError) as refusal:
         plan_conversion(folder, None)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [[], {}, None, 3, "model.safetensors", ["model.norm.weight"], {"lm_head.weight": None}, {"lm_head.weight": ["x"]}],
+)
+def test_an_index_that_is_no_map_of_names_to_files_is_refused(llama: Path, tmp_path: Path, weight_map: Any) -> None:
+    folder = changed(llama, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    for index in ({"weight_map": weight_map}, weight_map):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match=r"index\.json: "):
+            plan_conversion(folder, None)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("absent", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_missing_tensor_is_named_whatever_else_is_there(
+    llama: Path, tmp_path: Path, absent: str, is_tied: bool
+) -> None:
+    folder = changed(llama, tmp_path / "model", tie_word_embeddings=is_tied)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[absent]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{absent} is missing"):
+        plan_conversion(folder, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": 5}, "architectures is 5"),
+        ({"architectures": {"a": 1}}, "architectures is {'a': 1}"),
+        ({"hidden_size": 64.0}, "hidden_size: missing, or not a positive whole number"),
+        ({"num_key_value_heads": "two"}, "num_key_value_heads is 'two'"),
+        ({"head_dim": [16]}, "head_dim is [16]"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', not a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope type is ['linear']"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor of the rope is '2', not a number"),
+    ],
+)
+def test_a_config_with_values_of_another_type_is_refused_by_name(
+    llama: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    folder = changed(llama, tmp_path / "model", **config)
+    with pytest.raises(CheckpointError) as refusal:
+        plan_conversion(folder, None)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "{"])
+def test_a_generation_config_that_is_no_object_is_refused(llama: Path, tmp_path: Path, content: str) -> None:
+    folder = changed(llama, tmp_path / "model")
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"generation_config\.json: (expected a JSON object|not valid JSON)"):
+        plan_conversion(folder, None)
