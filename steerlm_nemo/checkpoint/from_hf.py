@@ -36,7 +36,7 @@ from steerlm_nemo.checkpoint.torch_dist import DATA_FILE, INDEX, TorchDistWriter
 from steerlm_nemo.errors import CheckpointError, InputError
 
 DTYPES = {"32": "float32", "16": "float16", "bf16": "bfloat16"}
-# Older transformers stored this constant with the weights; Megatron computes it.
+# Older transformers stored this constant with the weights, often in another dtype; Megatron computes it.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
@@ -81,7 +81,7 @@ def plan_conversion(folder: Path, precision: str | None) -> Conversion:
         CheckpointError: a model that cannot be converted, or whose tensors are not those of its config.
     """
     config = read_hf_config(folder)
-    tensors = find_tensors(folder)
+    tensors = find_tensors(folder, _IGNORED_SUFFIX)
     tokenizer = find_tokenizer(folder)
     padded, divisor = vocabulary_padding(config.raw["vocab_size"], tokenizer.size)
     layout = config.layout(padded)
@@ -112,7 +112,7 @@ def _check_tensors(config: HFConfig, tensors: dict[str, TensorPlace], layout: La
             embedding = tensors.get(EMBEDDING.hf[0])  # reported above where it is missing
             if embedding is not None and not _same_bytes(place, embedding):
                 problems.append(f"{name} differs from the embedding, but tie_word_embeddings is true")
-        elif not name.endswith(_IGNORED_SUFFIX):
+        else:
             problems.append(f"{name} is not a tensor of this architecture")
     if problems:
         shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])

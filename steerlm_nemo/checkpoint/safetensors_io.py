@@ -49,8 +49,8 @@ class TensorPlace:
             raise InputError(f"{self.path}: ends too early")
 
 
-def places_in(path: Path) -> dict[str, TensorPlace]:
-    """Where every tensor of one file lies, checked against the file's size.
+def places_in(path: Path, ignored: str | None = None) -> dict[str, TensorPlace]:
+    """Where every tensor of one file lies, checked against the file's size; not those whose name ends in `ignored`.
 
     Raises:
         InputError: not a safetensors file, cut off, or a dtype that is not a float of 16 or 32 bits.
@@ -70,7 +70,7 @@ def places_in(path: Path) -> dict[str, TensorPlace]:
         return {
             name: _place(path, size, 8 + header_size, name, entry)
             for name, entry in header.items()
-            if name != "__metadata__"
+            if name != "__metadata__" and not (ignored and name.endswith(ignored))
         }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
         raise InputError(f"{path}: its safetensors header is malformed ({err!r}); download it again") from err
@@ -92,8 +92,10 @@ def _place(path: Path, size: int, data_start: int, name: str, entry: dict[str, A
     return TensorPlace(path, start, num_bytes, dtype, shape)
 
 
-def find_tensors(folder: Path) -> dict[str, TensorPlace]:
-    """Every tensor of a Hugging Face folder, from one file or from the shards that its index names.
+def find_tensors(folder: Path, ignored: str) -> dict[str, TensorPlace]:
+    """The tensors of a Hugging Face folder, from one file or from the shards that its index names.
+
+    Those whose name ends in `ignored` are left out, whatever their dtype.
 
     Where both are there the single file counts, as for transformers: shards of an earlier save often stay beside it.
 
@@ -101,7 +103,7 @@ def find_tensors(folder: Path) -> dict[str, TensorPlace]:
         InputError: no safetensors there, a shard is missing, or index and shards disagree.
     """
     if (folder / SINGLE).is_file():
-        return places_in(folder / SINGLE)
+        return places_in(folder / SINGLE, ignored)
     if not (folder / INDEX).is_file():
         others = sorted(path.name for path in folder.glob("*.bin"))
         hint = f" Load {others[0]} with transformers and save it again as safetensors." if others else ""
@@ -123,8 +125,8 @@ def find_tensors(folder: Path) -> dict[str, TensorPlace]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise InputError(f"{folder / INDEX}: names the shard {shard!r}, which is not a file of this folder")
-        places |= places_in(folder / shard)
-    if missing := sorted(weight_map.keys() - places.keys()):
+        places |= places_in(folder / shard, ignored)
+    if missing := sorted(name for name in weight_map if name not in places and not name.endswith(ignored)):
         raise InputError(f"{folder / INDEX}: lists {missing[0]} in {weight_map[missing[0]]}, which does not have it")
     return places
 

@@ -310,3 +310,28 @@ def test_a_generation_config_that_is_no_object_is_refused(llama: Path, tmp_path:
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(InputError, match=r"generation_config\.json: (expected a JSON object|not valid JSON)"):
         plan_conversion(folder, None)
+
+
+@pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("constant", [torch.float32, torch.float64, torch.int64])
+def test_a_constant_that_is_ignored_decides_nothing(
+    make_llama: MakeLlama, tmp_path: Path, weights: str, constant: torch.dtype
+) -> None:
+    folder = make_llama(dtype=weights, num_hidden_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8, dtype=constant)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert plan_conversion(folder, None).dtype == weights
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert plan_conversion(folder, None).dtype == weights
+
+
+def test_weights_of_two_precisions_still_ask_for_a_choice(llama: Path, tmp_path: Path) -> None:
+    folder = changed(llama, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="choose one with --precision"):
+        plan_conversion(folder, None)
