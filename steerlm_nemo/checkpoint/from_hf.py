@@ -83,7 +83,7 @@ def plan_conversion(folder: Path, precision: str | None) -> Conversion:
     config = read_hf_config(folder)
     tensors = find_tensors(folder, _IGNORED_SUFFIX)
     tokenizer = find_tokenizer(folder)
-    padded, divisor = vocabulary_padding(config.raw["vocab_size"], tokenizer.size)
+    padded, divisor = vocabulary_padding(config.raw["vocab_size"], tokenizer.size, tokenizer.num_rows)
     layout = config.layout(padded)
     _check_tensors(config, tensors, layout, folder)
     if precision is None:

@@ -6,13 +6,12 @@ head size. What Megatron's Llama cannot express is refused with its name.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.checkpoint.mapping import Layout
-from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles
+from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, json_of
 from steerlm_nemo.errors import CheckpointError, InputError
 
 # What an absent key means: the defaults of transformers' class.
@@ -117,14 +116,9 @@ class HFConfig:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Raises InputError: the file cannot be read, or is not a JSON object."""
     try:
-        raw = json.loads(path.read_bytes())
+        return json_of(path, path.read_bytes())
     except OSError as err:
         raise InputError(f"{path}: cannot be read: {err.strerror}") from err
-    except ValueError as err:
-        raise InputError(f"{path}: not valid JSON: {err}") from err
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
 
 
 def read_hf_config(folder: Path) -> HFConfig:
@@ -209,20 +203,22 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
-def vocabulary_padding(num_rows: int, tokenizer_size: int) -> tuple[int, int]:
+def vocabulary_padding(num_rows: int, tokenizer_size: int, rows_needed: int) -> tuple[int, int]:
     """(padded size, make_vocab_size_divisible_by) such that NeMo computes that size at every TP in `TP_SIZES`.
 
     NeMo rounds the *tokenizer's* size up to a multiple of `make_vocab_size_divisible_by * tp`, so a usual choice
     gives another size at each TP, and a checkpoint loads at one only. With `padded / 8` as the divisor all of
-    1, 2, 4 and 8 round to `padded`, as long as fewer than `padded / 8` rows are padding.
+    1, 2, 4 and 8 round to `padded`, as long as fewer than `padded / 8` rows are padding. `rows_needed` is the
+    tokenizer's largest id and one: with gaps between ids it is more than the tokens that NeMo counts.
 
     Raises:
         CheckpointError: the tokenizer has more tokens than the embedding rows, or far fewer.
     """
-    if tokenizer_size > num_rows:
+    if rows_needed > num_rows:
         raise CheckpointError(
-            f"the tokenizer has {tokenizer_size} tokens, but the embedding only {num_rows} rows (vocab_size): "
-            "text with the last tokens could not be embedded. Use the tokenizer that belongs to the model."
+            f"the tokenizer has {tokenizer_size} tokens with ids up to {rows_needed - 1}, but the embedding only "
+            f"{num_rows} rows (vocab_size): text with the last tokens could not be embedded. "
+            "Use the tokenizer that belongs to the model."
         )
     largest = max(TP_SIZES)
     multiple = 128  # a multiple of 64 keeps GPU matrix products on their fast path; tiny vocabularies cannot afford it
@@ -233,7 +229,9 @@ def vocabulary_padding(num_rows: int, tokenizer_size: int) -> tuple[int, int]:
         multiple //= 2
     raise CheckpointError(
         f"the embedding has {num_rows} rows (vocab_size) but the tokenizer only {tokenizer_size} tokens; NeMo derives "
-        "the rows from the tokenizer and cannot reach that many. Shrink the model with resize_token_embeddings."
+        "the rows from the tokenizer and cannot reach that many. Put the model's whole tokenizer there, with its added "
+        "tokens (a tokenizer.json, without tokenizer.model). Only rows that belong to no token may go, with "
+        "resize_token_embeddings."
     )
 
 

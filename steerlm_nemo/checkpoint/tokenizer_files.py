@@ -7,6 +7,7 @@ Two kinds: a SentencePiece `tokenizer.model`, which stock NeMo resolves inside t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import tempfile
@@ -42,6 +43,13 @@ class TokenizerFiles:
     files: dict[str, bytes]  # member name -> content
     notes: tuple[str, ...] = ()  # what the user should know of the choice
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows of an embedding its ids reach."""
+        if self.library == "sentencepiece":
+            return self.size
+        return max(self.size, tokenizer_json_size(HUGGINGFACE, self.files[HUGGINGFACE]))
+
     def nemo_config(self) -> dict[str, Any]:
         """The `tokenizer` section of `model_config.yaml`."""
         is_sentencepiece = self.library == "sentencepiece"
@@ -60,6 +68,8 @@ class TokenizerFiles:
 def find_tokenizer(folder: Path) -> TokenizerFiles:
     """The tokenizer of a Hugging Face folder; `tokenizer.model` wins where both are there, as in the reference.
 
+    Not where it is no SentencePiece model: Llama 3's file of that name is tiktoken's.
+
     Raises:
         InputError: there is none, its file is damaged, or nothing would load what is packed of it.
     """
@@ -68,11 +78,68 @@ def find_tokenizer(folder: Path) -> TokenizerFiles:
         files[HUGGINGFACE] = (folder / HUGGINGFACE).read_bytes()
     if (folder / SENTENCEPIECE).is_file():
         files[SENTENCEPIECE] = (folder / SENTENCEPIECE).read_bytes()
-        size = sentencepiece_facts(files[SENTENCEPIECE], str(folder / SENTENCEPIECE))["size"]
-        return TokenizerFiles("sentencepiece", size, files)
+        try:
+            model = load_sentencepiece(folder / SENTENCEPIECE, files[SENTENCEPIECE])
+        except InputError:
+            if HUGGINGFACE not in files:
+                raise
+            del files[SENTENCEPIECE]
+            found = _of_tokenizer_json(folder, files)
+            note = f"{HUGGINGFACE} is used: {SENTENCEPIECE} is not a SentencePiece model"
+            return dataclasses.replace(found, notes=(note, *found.notes))
+        added = _added_tokens(folder, files)
+        unknown = {
+            token: token_id
+            for token, token_id in added.items()
+            if token_id >= model.get_piece_size() or model.id_to_piece(token_id) != token
+        }
+        return TokenizerFiles("sentencepiece", model.get_piece_size(), files, _notes_on(unknown, files))
     if HUGGINGFACE not in files:
         raise InputError(f"{folder}: has neither {SENTENCEPIECE} nor {HUGGINGFACE}; copy the model's tokenizer there")
-    size = tokenizer_json_size(str(folder / HUGGINGFACE), files[HUGGINGFACE])
+    return _of_tokenizer_json(folder, files)
+
+
+def _added_tokens(folder: Path, files: dict[str, bytes]) -> dict[str, int]:
+    """The tokens that the files beside a tokenizer.model add to it, with their ids."""
+    contents = {name: json_of(folder / name, files[name]) for name in (*_COMPANIONS[:3], HUGGINGFACE) if name in files}
+    try:
+        added: dict[str, int] = dict(contents.get("added_tokens.json", {}))
+        decoder = contents.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder") or {}
+        added |= {token["content"]: int(token_id) for token_id, token in decoder.items()}
+        listed = contents.get(HUGGINGFACE, {}).get("added_tokens") or []
+        added |= {token["content"]: int(token["id"]) for token in listed}
+        if wrong := [token for token, token_id in added.items() if type(token_id) is not int or token_id < 0]:
+            raise TypeError(f"the id of {wrong[0]!r}")
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise InputError(f"{folder}: its added tokens are malformed ({err!r}) in one of {', '.join(contents)}") from err
+    return added
+
+
+def _notes_on(unknown: dict[str, int], files: dict[str, bytes]) -> tuple[str, ...]:
+    if not unknown:
+        return ()
+    first = [f"{token} ({token_id})" for token, token_id in sorted(unknown.items(), key=lambda item: item[1])]
+    shown = ", ".join(first[:6]) + (f" and {len(first) - 6} more" if len(first) > 6 else "")
+    cure = f"Remove {SENTENCEPIECE} to use {HUGGINGFACE}" if HUGGINGFACE in files else f"A {HUGGINGFACE} has them"
+    if HUGGINGFACE not in files:
+        cure += f": save one with transformers' fast tokenizer, and remove {SENTENCEPIECE}"
+    return (f"{SENTENCEPIECE} is used, so these added tokens are ordinary text for NeMo: {shown}. {cure}.",)
+
+
+def json_of(path: Path, data: bytes) -> dict[str, Any]:
+    """Raises InputError: not a JSON object."""
+    try:
+        content = json.loads(data)
+    except ValueError as err:
+        raise InputError(f"{path}: not valid JSON: {err}") from err
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _of_tokenizer_json(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
+    """A tokenizer.json and its companions."""
+    size = len(_ids_of_json(str(folder / HUGGINGFACE), files[HUGGINGFACE]))
     if importlib.util.find_spec("transformers") is None:
         files.setdefault(TOKENIZER_CONFIG, b'{"tokenizer_class": "PreTrainedTokenizerFast"}')
         note = f"{HUGGINGFACE} is packed without having been loaded: transformers is not installed here"
@@ -142,12 +209,7 @@ def _tokens_of_json(path: Path, data: bytes) -> list[list[int]]:
 
 def _plain_config(path: Path, files: dict[str, bytes]) -> tuple[bytes, bool]:
     """tokenizer_config.json for the class that takes tokenizer.json as it is, and whether it named a class before."""
-    try:
-        config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
-    except ValueError as err:
-        raise InputError(f"{path}: not valid JSON: {err}") from err
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    config = json_of(path, files.get(TOKENIZER_CONFIG, b"{}"))
     extra = config.get("extra_special_tokens")
     kept = {key: value for key, value in config.items() if key not in _OF_A_CLASS}
     if isinstance(extra, list):  # as transformers 5 writes what 4 calls additional_special_tokens
@@ -169,13 +231,21 @@ def sentencepiece_facts(data: bytes, where: str) -> dict[str, Any]:
 
 
 def tokenizer_json_size(where: str, data: bytes) -> int:
-    """Number of distinct tokens, added ones included: `len()` of the loaded tokenizer."""
+    """How many rows its ids reach: the largest id and one. Ids may have gaps, so it may have fewer tokens."""
+    return max(_ids_of_json(where, data).values(), default=-1) + 1
+
+
+def _ids_of_json(where: str, data: bytes) -> dict[str, int]:
+    """Every distinct token with its id, added ones included."""
     try:
         tokenizer = json.loads(data)
         vocab = tokenizer["model"]["vocab"]
-        tokens = set(vocab) if isinstance(vocab, dict) else {piece for piece, _ in vocab}
-        return len(tokens | {token["content"] for token in tokenizer.get("added_tokens") or ()})
-    except (ValueError, KeyError, TypeError) as err:
+        ids = vocab if isinstance(vocab, dict) else {piece: token_id for token_id, (piece, _) in enumerate(vocab)}
+        ids = ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+        if wrong := [token for token, token_id in ids.items() if type(token_id) is not int]:
+            raise TypeError(f"the id of {wrong[0]!r}")
+        return ids
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise InputError(f"{where}: not a Hugging Face tokenizer.json ({err!r})") from err
 
 

@@ -215,7 +215,7 @@ def test_rope_scaling_comes_from_the_source_config(make_llama: MakeLlama, tmp_pa
 @pytest.mark.parametrize("num_rows", [403, 512, 1000, 32000, 32001, 32064, 128256, 151936])
 def test_nemo_computes_the_stored_vocabulary_at_every_tp(num_rows: int) -> None:
     for tokenizer_size in (num_rows, num_rows - 3):
-        padded, divisor = vocabulary_padding(num_rows, tokenizer_size)
+        padded, divisor = vocabulary_padding(num_rows, tokenizer_size, tokenizer_size)
         for tp_size in (1, 2, 4, 8):
             multiple = divisor * tp_size  # as NeMo's _vocab_size_with_padding rounds
             assert -(-tokenizer_size // multiple) * multiple == padded >= num_rows

@@ -335,3 +335,56 @@ def test_weights_of_two_precisions_still_ask_for_a_choice(llama: Path, tmp_path:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="choose one with --precision"):
         plan_conversion(folder, None)
+
+
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_that_a_tokenizer_model_has_not_are_named(llama: Path, tmp_path: Path, place: str) -> None:
+    folder = changed(llama, tmp_path / "model")
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    unused = {"<|im_start|>": rows - 2, "<|im_end|>": rows - 1}
+    decoder = {str(token_id): {"content": token} for token, token_id in unused.items()}
+    content: dict[str, Any] = {"added_tokens.json": unused, "tokenizer_config.json": {"added_tokens_decoder": decoder}}
+    (folder / place).write_text(json.dumps(content[place]))
+    said: list[str] = []
+    convert(plan_conversion(folder, None), tmp_path / "model.nemo", said.append)
+    assert f"<|im_start|> ({rows - 2}), <|im_end|> ({rows - 1})" in said[0], said
+    (folder / place).write_text(json.dumps({"added_tokens.json": {"<s>": 1}, "tokenizer_config.json": {}}[place]))
+    assert plan_conversion(folder, None).tokenizer.notes == ()  # the control: <s> is a piece of the model
+
+
+@pytest.mark.parametrize("content", ["[]", '{"<a>": "x"}', '{"<a>": null}', "{"])
+def test_malformed_added_tokens_are_refused(llama: Path, tmp_path: Path, content: str) -> None:
+    folder = changed(llama, tmp_path / "model")
+    (folder / "added_tokens.json").write_text(content)
+    with pytest.raises(InputError, match=r"added_tokens\.json"):
+        plan_conversion(folder, None)
+
+
+@pytest.mark.parametrize("content", [b"aGVsbG8= 0\nd29ybGQ= 1\n", b"version https://git-lfs.github.com/spec/v1\n", b""])
+def test_a_tokenizer_model_of_another_kind_leaves_the_json_to_be_used(
+    llama3_style: Path, tmp_path: Path, content: bytes
+) -> None:
+    folder = changed(llama3_style, tmp_path / "model")
+    (folder / "tokenizer.model").write_bytes(content)
+    found = plan_conversion(folder, None).tokenizer
+    assert found.library == "huggingface" and "tokenizer.model" not in found.files
+    assert "tokenizer.model is not a SentencePiece model" in found.notes[0]
+
+
+@pytest.mark.parametrize(("largest", "fits"), [(None, True), (384, False), (1000, False)])
+def test_the_largest_id_of_a_tokenizer_must_have_a_row(
+    llama3_style: Path, tmp_path: Path, largest: int | None, fits: bool
+) -> None:
+    """Ids with a gap: as many tokens as rows, and one of them behind the last row."""
+    folder = changed(llama3_style, tmp_path / "model")
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 384
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    last = max(vocab, key=vocab.get)
+    vocab[last] = vocab[last] if largest is None else largest
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if fits:
+        assert plan_conversion(folder, None).tokenizer.num_rows == 384
+    else:
+        with pytest.raises(CheckpointError, match=f"384 tokens with ids up to {largest}"):
+            plan_conversion(folder, None)
