@@ -122,10 +122,12 @@ def random_record(rng):
 
 
 @pytest.mark.slow
-def test_10000_random_conversations_have_nemos_tokens_and_loss(nemo, ours):
+def test_random_conversations_have_nemos_tokens_and_loss(nemo, ours, shared_data):
     rng = random.Random(1234)
     num_same = num_refused = 0
-    while num_same < 10_000:
+    # The same conversations with another tokenizer, where that is a made one: fewer will do.
+    is_made = shared_data.name.startswith("made")
+    while num_same < (2_000 if is_made else 10_000):
         raw = random_record(rng)
         try:
             expected = nemo_renders(nemo, raw)
