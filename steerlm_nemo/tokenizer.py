@@ -123,7 +123,7 @@ class HuggingFaceTokenizer:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(name_or_path), use_fast=True, trust_remote_code=False
                 )
-        except (OSError, ValueError) as err:
+        except Exception as err:  # bare ones for a cut file, others for lists instead of maps
             raise InputError(f"{name_or_path}: cannot load a Hugging Face tokenizer from here: {err}") from err
         if extra_special_tokens:
             self._tokenizer.add_special_tokens({"additional_special_tokens": list(extra_special_tokens)})

@@ -173,3 +173,19 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(InputError, match="cannot load a Hugging Face tokenizer"):
         HuggingFaceTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": {'),
+        ("tokenizer.json", '{"version": "9.0", "model": {"type": "Future"}}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": ["<a>"]}'),
+    ],
+)
+def test_whatever_the_library_raises_is_one_message(tmp_path, tokenizer_json, name, content):
+    for source in tokenizer_json.parent.glob("*.json"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="cannot load a Hugging Face tokenizer from here"):
+        HuggingFaceTokenizer(tmp_path)

@@ -169,7 +169,8 @@ def preprocess(
             (train if in_train else val).writelines(line + "\n" for line in to_lines(conversations))
             run.tally.conversations["train" if in_train else "val"] += len(conversations)
         if not trees.counts["written"]:
-            raise InputError(f"{input_file}: no conversation to write. {run.tally.units}: {trees.summary()}")
+            first = f". The first one: {trees.first_rejected}" if trees.first_rejected else ""
+            raise InputError(f"{input_file}: no conversation to write. {run.tally.units}: {trees.summary()}{first}")
     return run.tally
 
 

@@ -446,7 +446,7 @@ def test_a_failure_keeps_earlier_outputs_and_the_input(tmp_path, prefix_as):
     else:
         source.write_text("{\n")
         before = source.read_bytes()
-        with pytest.raises(InputError, match=r"no conversation to write.*1 rejected"):
+        with pytest.raises(InputError, match=r"no conversation to write.*1 rejected.*The first one: .*:1: "):
             run(source, tmp_path / "out")
     assert source.read_bytes() == before
     assert (tmp_path / "out_train.jsonl").read_text() == "old"
