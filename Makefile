@@ -57,7 +57,7 @@ flow: $(READY)  ## run nemo_configs/flows/FLOW.yaml; parameters, --dry-run, --on
 	$(PY) scripts/flow.py run nemo_configs/flows/$(FLOW).yaml $(ARGS)
 
 test: $(READY)  ## all tests (no network, no GPU)
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile tests $(ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 bench: $(READY)  ## measure against NeMo's own code and the machine's limits; ONLY="convert clean" for some
 	$(PY) tests/benchmarks/run.py $(ONLY)

@@ -166,3 +166,9 @@ def chat_file(tmp_path: Path) -> Callable[..., Any]:
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steerlm_nemo.client.pool.FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr("steerlm_nemo.client.pool.LONGEST_PAUSE_S", 0.2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: or one process would run the last of them while the other has nothing to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
