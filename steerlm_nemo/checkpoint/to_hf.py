@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile, check_weights, remove_stale
+from steerlm_nemo.checkpoint.chat_template import TOKENIZER_CONFIG
 from steerlm_nemo.checkpoint.from_hf import gigabytes
 from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY, hf_config, layout_of
 from steerlm_nemo.checkpoint.mapping import EMBEDDING, Layout, Rule, rules_for
@@ -32,7 +33,6 @@ from steerlm_nemo.checkpoint.tokenizer_files import (
     HUGGINGFACE,
     PACKED_NAMES,
     SENTENCEPIECE,
-    TOKENIZER_CONFIG,
     sentencepiece_facts,
     tokenizer_json_size,
 )

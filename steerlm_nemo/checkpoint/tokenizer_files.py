@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile
+from steerlm_nemo.checkpoint.chat_template import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from steerlm_nemo.errors import CheckpointError, InputError
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_sentencepiece
 
 SENTENCEPIECE, HUGGINGFACE = "tokenizer.model", "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-_COMPANIONS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_COMPANIONS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 PACKED_NAMES = (SENTENCEPIECE, HUGGINGFACE, *_COMPANIONS)
 _OF_A_CLASS = ("tokenizer_class", "auto_map", "backend", "extra_special_tokens")  # of tokenizer_config.json
 # Where classes differ: the first space, runs of spaces, line ends, digits, accents, other scripts, our own markers.
