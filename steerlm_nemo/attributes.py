@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,6 +34,23 @@ _MOST_VALUES = 1000  # of one attribute: each is a text to compare with
 # A line comes from a file, and must not be able to end itself or to begin a turn.
 _BRACKET = re.compile(r"[<>\[\]{}|]")
 
+# How alike a name must be to one of a schema to be taken for that one, misspelt: no two names of the presets are.
+_MISSPELT = 0.85
+
+
+def items_of(line: str) -> Iterator[tuple[str, str]]:
+    """Key and value of each item of `key:value,...` as people write it: spaces and a comma at the end mean nothing.
+
+    The one reader of lines. Raises ValueError saying which item is no pair, or has the key of one before it.
+    """
+    seen = set()
+    for item in line.strip().removesuffix(",").split(",") if line.strip() else ():
+        key, colon, value = (part.strip() for part in item.partition(":"))
+        if not colon or not key or key in seen:
+            raise ValueError(f"attribute item {item!r} is not a new key:value pair")
+        seen.add(key)
+        yield key, value
+
 
 @dataclass(frozen=True)
 class Attributes:
@@ -45,15 +62,12 @@ class Attributes:
     @lru_cache(maxsize=4096)  # a data set has few different lines
     def parse(cls, line: str) -> Attributes:
         """Read `key:int,...[,lang:xx]`. Raises ValueError saying which item is malformed."""
-        if line == "":
-            return cls(())
         items: list[tuple[str, int | str]] = []
-        for item in line.split(","):
-            key, colon, value = item.partition(":")
-            if not colon or not key or key in dict(items):
-                raise ValueError(f"attribute item {item!r} is not a new key:value pair")
-            if _BRACKET.search(item) or not (key if key != LANG else value).isprintable():
-                raise ValueError(f"attribute item {item!r} has a character that could end the line or be a marker")
+        for key, value in items_of(line):
+            if _BRACKET.search(key + value) or not (key if key != LANG else value).isprintable():
+                raise ValueError(
+                    f"attribute item {key + ':' + value!r} has a character that could end the line or be a marker"
+                )
             if key == LANG:
                 items.append((key, value))
             elif re.fullmatch(r"0|[1-9][0-9]{0,8}", value):
@@ -64,11 +78,16 @@ class Attributes:
 
     @property
     def line(self) -> str:
-        """The text form; `Attributes.parse(a.line) == a`."""
+        """The text form, without a space; `Attributes.parse(a.line) == a`."""
         return ",".join([f"{key}:{value}" for key, value in self.items])
 
     def as_dict(self) -> dict[str, int | str]:
         return dict(self.items)
+
+
+def _plain(key: str) -> str:
+    """A key without what is easily written otherwise: case, and what stands between words."""
+    return re.sub(r"[\s_-]+", "_", key.casefold())
 
 
 @dataclass(frozen=True)
@@ -125,10 +144,24 @@ class AttributeSchema:
                 raise InputError(f"attribute {key} is {value}, but it must be {span}")
 
     def known(self, attributes: Attributes) -> Attributes:
-        """Those that this schema has, without `lang`. Raises InputError if a value is outside its range."""
+        """Those that this schema has, without `lang`.
+
+        Raises:
+            InputError: a value is outside its range, or a key is one of the schema's, misspelt.
+        """
+        self.foreign(attributes)
         known = Attributes(tuple((key, value) for key, value in attributes.items if key in self.names))
         self.check(known)
         return known
+
+    def foreign(self, attributes: Attributes) -> list[str]:
+        """Keys that this schema does not have. Raises InputError for one that is the schema's, misspelt: `Humour`."""
+        known = {_plain(key): key for key in self.keys()}
+        unknown = [key for key, _ in attributes.items if key not in self.keys()]
+        for key in unknown:
+            for near in difflib.get_close_matches(_plain(key[:100]), known, n=1, cutoff=_MISSPELT):
+                raise InputError(f"attribute {key[:100]!r} is not known, but {known[near]!r} is; correct one of them")
+        return unknown
 
     def order(self, values: Mapping[str, int | str]) -> Attributes:
         """The given values in schema order, checked. Attributes that are not given are left out."""
@@ -188,7 +221,9 @@ class AttributeSchema:
                 raise ValueError(f"attribute {attribute.name!r} has more than {_MOST_VALUES:,} values")
         items = [f"{attribute.name}:{attribute.minimum}" for attribute in self.attributes]
         for line in (",".join(items), *(f"{LANG}:{language}" for language in self.languages)):
-            if len(Attributes.parse(line).items) != line.count(",") + 1:
+            if Attributes.parse(line).line != line:
+                raise ValueError(f"a line would not be read as it is written: {line!r}")
+            if not line:
                 raise ValueError("it has no attributes")
         if any(not isinstance(language, str) or "," in language for language in self.languages):
             raise ValueError(f"languages are texts without commas, found {self.languages!r}")

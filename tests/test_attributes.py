@@ -17,8 +17,9 @@ from steerlm_nemo.attributes import (
 from steerlm_nemo.errors import FormatMismatchError, InputError
 
 KEYS = st.text(st.characters(exclude_characters=",:<>[]{}|"), min_size=1).filter(
-    lambda key: key != "lang" and key.isprintable()
+    lambda key: key != "lang" and key.isprintable() and key == key.strip()
 )
+SPACES = st.text(" \t\n\u00a0", max_size=2)
 
 
 def test_a_line_is_read_in_the_order_it_is_written():
@@ -39,33 +40,67 @@ def test_writing_and_reading_a_line_gives_the_same_attributes(grades, lang):
 
 
 @given(st.text())
-def test_whatever_can_be_read_is_written_back_byte_for_byte(line):
+def test_whatever_can_be_read_is_written_in_one_way(line):
     try:
         attributes = Attributes.parse(line)
     except ValueError:
         return
-    assert attributes.line == line
+    assert Attributes.parse(attributes.line) == attributes
+    assert attributes.line == ",".join(
+        ":".join(map(str.strip, item.split(":", 1))) for item in line.split(",") if item.strip()
+    )
+
+
+@given(st.dictionaries(KEYS, st.integers(0, 999_999_999), min_size=1), st.booleans(), st.data())
+def test_spaces_and_a_comma_at_the_end_change_nothing(grades, ends_in_comma, data):
+    def spaced(text):
+        return data.draw(SPACES) + str(text) + data.draw(SPACES)
+
+    line = ",".join(f"{spaced(key)}:{spaced(value)}" for key, value in grades.items()) + "," * ends_in_comma
+    assert Attributes.parse(line + data.draw(SPACES)) == Attributes(tuple(grades.items()))
 
 
 @pytest.mark.parametrize(
     ("line", "culprit"),
     [
         ("quality", "'quality'"),
-        ("quality:4,", "''"),
+        ("quality:4,,toxicity:0", "''"),
+        ("quality:4,,", "''"),
+        (",", "''"),
         (":4", "':4'"),
         ("quality:4,quality:3", "'quality:3'"),
+        ("quality:4, quality:3", "' quality:3'"),
         ("quality:high", "'high'"),
+        ("quality:", "''"),
         ("quality:-1", "'-1'"),
         ("quality:04", "'04'"),
         ("quality:4.0", "'4.0'"),
         ("quality:４", "'４'"),
-        ("quality:4\n", "'4\\n'"),
+        ("quality:4;toxicity:0", "'4;toxicity:0'"),
+        ("quality:4 toxicity:0", "'4 toxicity:0'"),
+        ("quality=4", "'quality=4'"),
+        ("qua\nlity:4", "'qua\\nlity:4'"),
+        ("lang:e\nn", "character that could end the line"),
     ],
 )
 def test_a_malformed_line_is_refused_naming_the_item(line, culprit):
     with pytest.raises(ValueError) as caught:
         Attributes.parse(line)
     assert culprit in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["Quality", "QUALITY", "Not-Appropriate", "not appropriate", "humour", "helpfullness"])
+def test_a_misspelt_key_of_the_schema_is_not_taken_for_an_unknown_one(key):
+    with pytest.raises(InputError, match="is not known, but '.*' is; correct one of them"):
+        NEMO12_LANG.foreign(Attributes.parse(f"verbosity:1,{key}:0"))
+    with pytest.raises(InputError, match="is not known, but"):
+        NEMO12_LANG.known(Attributes.parse(f"{key}:0"))
+
+
+def test_no_attribute_of_a_preset_is_taken_for_one_of_another():
+    every = {key: 0 for schema in PRESETS.values() for key in schema.names}
+    for schema in PRESETS.values():
+        assert set(schema.foreign(Attributes(tuple(every.items())))) == every.keys() - set(schema.names)
 
 
 def test_the_default_schema_has_the_twelve_attributes_of_the_reference_and_lang_last():

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from steerlm_nemo.annotation.grader import Grader
 from steerlm_nemo.annotation.thread import (
+    UNKNOWN,
     AnnotatedThread,
     AnnotationSettings,
     annotated,
@@ -58,7 +59,7 @@ class Summary:
     """What a finished run did.
 
     counts: turns found `by_line` and `by_slots`; `slots` asked; values `chosen` for the model, `given` by people, and
-        given but `unknown` to the model.
+        given but `UNKNOWN` to the model.
     comparison: with the human attributes of graded turns; empty where these were kept.
     """
 
@@ -80,8 +81,12 @@ class Summary:
                 f"the rejected ones are in {self.rejects_path}"
             )
         given = f"; {c['given']} human values kept" if c["given"] else ""
-        if c["unknown"]:
-            given += f"; {c['unknown']} human values are of attributes the model does not know: in gt_label only"
+        if unknown := {key.removeprefix(UNKNOWN): count for key, count in c.items() if key.startswith(UNKNOWN)}:
+            named = ", ".join(f"{key} {count}" for key, count in sorted(unknown.items()))
+            given += (
+                f"; {sum(unknown.values())} human values are of attributes the model does not know: in gt_label only "
+                f"({named})"
+            )
         lines += [
             f"{self.num_records} records annotated ({self.num_resumed} of them by an earlier run) in "
             f"{self.seconds:.1f} s; {c['by_line'] + c['by_slots']} turns: {c['by_line']} by whole line, "

@@ -26,6 +26,7 @@ from steerlm_nemo.records import RawLine
 from steerlm_nemo.template import ChatTemplate
 
 KEEP: Literal["keep"] = "keep"
+UNKNOWN = "unknown "  # before the name of an attribute, in the counts: people gave it, and the model does not know it
 Beliefs = dict[str, dict[str, Any]]  # per key, as POST /v1/attribute_lines answers
 
 
@@ -85,10 +86,12 @@ class AnnotatedThread:
         self.counts: Counter[str] = Counter()
         if settings.only_missing:
             for index in self.wanted:
-                known = _human(conversation.turns[index])
-                self.counts["unknown"] += len(set(known) - set(served.schema.keys()))
+                human = _human(conversation.turns[index])
+                known = human.as_dict()
                 self.given[index] = {key: known[key] for key in keys if key in known}
                 try:
+                    for key in served.schema.foreign(human):
+                        self.counts[f"{UNKNOWN}{key}"] += 1
                     served.schema.order(self.given[index])
                 except InputError as err:
                     raise RecordError(line.ref, f"the human label cannot be kept: {err}", index) from err
@@ -128,10 +131,10 @@ def wanted_turns(conversation: Conversation, settings: AnnotationSettings) -> li
     return [i for i, turn in enumerate(conversation.turns) if every or turn.role not in conversation.mask_roles]
 
 
-def _human(turn: Turn) -> dict[str, int | str]:
+def _human(turn: Turn) -> Attributes:
     """What people said of a turn: its ground truth, or its attributes where none was set apart."""
     said = turn.attributes if turn.truth is None else turn.truth
-    return {} if said is None else said.as_dict()
+    return Attributes(()) if said is None else said
 
 
 def annotated(

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerlm_nemo.attributes import COMBINED9, LANG
+from steerlm_nemo.attributes import COMBINED9, LANG, items_of
 from steerlm_nemo.conversation import ASSISTANT, USER, RecordRef
 from steerlm_nemo.data.sources.helpsteer import ALIGNER_SYSTEM_PROMPT
 from steerlm_nemo.data.statistics import AttributeStatistics
@@ -38,10 +38,7 @@ def vector_of(label: str) -> tuple[list[float], list[str]]:
     """
     values: dict[str, float] = {}
     others = []
-    for item in label.split(","):
-        key, colon, value = item.partition(":")
-        if not colon or not key or key in values or key in others:
-            raise ValueError(f"attribute item {item!r} is not a new key:value pair")
+    for key, value in items_of(label):
         if key not in VECTOR:
             others.append(key)
         elif re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", value, re.ASCII):

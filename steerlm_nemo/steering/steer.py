@@ -168,6 +168,6 @@ def _request(record: Mapping[str, object], attributes: Mapping[str, int | str], 
 def parse_attributes(text: str) -> dict[str, int | str]:
     """`quality:4,humor:0` as a mapping. Raises InputError saying which item is malformed."""
     try:
-        return Attributes.parse(text.replace(" ", "")).as_dict()
+        return Attributes.parse(text).as_dict()
     except ValueError as err:
         raise InputError(f"--attributes {text!r}: {err}. Write it like quality:4,humor:0.") from err

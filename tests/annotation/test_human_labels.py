@@ -100,7 +100,39 @@ def test_human_values_of_attributes_the_model_does_not_know_stay_in_gt_label(tmp
     found, summary, _ = grade(tmp_path, made, only_missing=True)
     turn = found[0]["conversations"][1]
     assert turn["gt_label"] == "humor:2,verbosity:3" and tuple(Attributes.parse(turn["label"]).as_dict()) == KEYS
-    assert "1 human values are of attributes the model does not know" in summary.text()
+    assert "1 human values are of attributes the model does not know: in gt_label only (verbosity 1)" in summary.text()
+
+
+@pytest.mark.parametrize("label", ["humor:2, lang:en", "humor: 2,lang:en,", " humor:2 ,\tlang:en\n"])
+@pytest.mark.parametrize("key", ["label", "gt_label"])
+def test_a_human_value_is_kept_however_its_label_is_spaced(tmp_path, label, key):
+    made = [thread({"from": "User"}, {"from": "Assistant", key: label})]
+    found, summary, _ = grade(tmp_path, made, only_missing=True)
+    turn = found[0]["conversations"][1]
+    assert turn["gt_label"] == "humor:2,lang:en" and summary.counts["given"] == 2
+    assert turn["label"].split(",")[2] == "humor:2" and turn["label"].endswith(",lang:en")
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ("Humor:2", "the human label cannot be kept: attribute 'Humor' is not known, but 'humor' is"),
+        ("hate-speech:2", "attribute 'hate-speech' is not known, but 'hate_speech' is"),
+        ("humor:2;lang:en", "attribute humor has value '2;lang:en'"),
+        ("humor=2", "attribute item 'humor=2' is not a new key:value pair"),
+        ("humor:2.0", "attribute humor has value '2.0', which is not a whole number"),
+    ],
+)
+def test_a_human_value_that_cannot_be_read_is_never_overruled(tmp_path, label, reason):
+    bad = thread({"from": "User"}, {"from": "Assistant", "label": label})
+    with pytest.raises(IncompleteError, match="1 of 1 records"):
+        grade(tmp_path, [bad], only_missing=True)
+    reject = json.loads((tmp_path / "out.jsonl.rejects.jsonl").read_text())
+    assert (
+        reject["where"].endswith("in.jsonl:1")
+        and reject["reason"].startswith("turn 1: ")
+        and reason in reject["reason"]
+    )
 
 
 def test_soft_labels_are_what_the_server_believes_and_stand_before_gt_label(tmp_path):

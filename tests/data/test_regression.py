@@ -47,6 +47,7 @@ def test_helpsteer_grades_take_the_last_five_places():
     label = "helpfulness:3,correctness:4,coherence:4,complexity:2,verbosity:1"
     assert vector_of(label) == ([-100.0] * 4 + [3.0, 4.0, 4.0, 2.0, 1.0], [])
     assert vector_of("quality:-3")[0][0] == -3.0
+    assert vector_of(" quality: 4 , toxicity:0.5, lang: en,") == ([4.0, 0.5] + [-100.0] * 7, ["lang"])
 
 
 def test_one_line_per_graded_turn_and_no_labels_in_the_history(tmp_path):
