@@ -17,6 +17,7 @@ from steerlm_nemo.template import ChatTemplate
 
 FORMAT_VERSION = 2
 PROVENANCE_KEY = "steerlm_provenance"  # in `model_config.yaml`: name, base, data and seed of the run that made a model
+MODEL_HEADER = "x-model-identity"  # of every answer of a server: the weights, config and tokenizer that gave it
 
 # What a model can be asked for.
 GENERATE = "generate"  # continue any text

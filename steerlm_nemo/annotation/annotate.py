@@ -35,7 +35,7 @@ from steerlm_nemo.annotation.thread import (
 from steerlm_nemo.attributes import LANG, NEMO12_LANG, AttributeSchema
 from steerlm_nemo.client.journal import Journal
 from steerlm_nemo.client.pool import ServerPool
-from steerlm_nemo.client.server import RequestRefusedError, UnreachableError
+from steerlm_nemo.client.server import RequestRefusedError, UnreachableError, named
 from steerlm_nemo.conversation import Conversation
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError, ServerError
 from steerlm_nemo.evaluation.grading import Comparison
@@ -64,6 +64,7 @@ class Summary:
     """
 
     comparison: Comparison
+    model: str | None = None  # its identity; None where its server does not tell
     num_records: int = 0
     num_resumed: int = 0
     num_rejected: int = 0
@@ -82,16 +83,16 @@ class Summary:
             )
         given = f"; {c['given']} human values kept" if c["given"] else ""
         if unknown := {key.removeprefix(UNKNOWN): count for key, count in c.items() if key.startswith(UNKNOWN)}:
-            named = ", ".join(f"{key} {count}" for key, count in sorted(unknown.items()))
+            which = ", ".join(f"{key} {count}" for key, count in sorted(unknown.items()))
             given += (
                 f"; {sum(unknown.values())} human values are of attributes the model does not know: in gt_label only "
-                f"({named})"
+                f"({which})"
             )
         lines += [
             f"{self.num_records} records annotated ({self.num_resumed} of them by an earlier run) in "
-            f"{self.seconds:.1f} s; {c['by_line'] + c['by_slots']} turns: {c['by_line']} by whole line, "
-            f"{c['by_slots']} with {c['slots']} values asked one by one; {c['chosen']} values are the likeliest legal "
-            f"one because the model's first choice was not legal{given}"
+            f"{self.seconds:.1f} s, graded by {named(self.model)}; {c['by_line'] + c['by_slots']} turns: "
+            f"{c['by_line']} by whole line, {c['by_slots']} with {c['slots']} values asked one by one; {c['chosen']} "
+            f"values are the likeliest legal one because the model's first choice was not legal{given}"
         ]
         if table := self.comparison.text():
             lines += ["compared with the attributes that were there before:", table]
@@ -182,7 +183,7 @@ def annotate(
                 )
             )
         summary = _write(source, output, journal, settings, served.schema)
-        summary.num_resumed, summary.seconds = num_resumed, time.monotonic() - start
+        summary.num_resumed, summary.seconds, summary.model = num_resumed, time.monotonic() - start, servers.identity
         _write_comparison(output, summary.comparison)
         journal.delete()
     summary.num_rejected, summary.rejects_path = num_rejected, accounting.rejects_path

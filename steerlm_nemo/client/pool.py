@@ -60,7 +60,7 @@ class ServerPool:
     num_retries: int = 0
     identity: str | None = None  # of the served model; None where no server tells
     _format: SteerLMFormat | None = None
-    _connected: bool = False
+    _began_at: str | None = None  # the server that the others are compared with
     _servers: list[_Server] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -219,17 +219,18 @@ class ServerPool:
         except ServerError as err:
             return str(err)
         with self._changed:
-            if not self._connected:
-                self._connected, self._format, self.identity = True, found, server.client.identity
+            if self._began_at is None:
+                self._began_at, self._format, self.identity = server.client.where, found, server.client.identity
             if (found is None) != (self._format is None) or server.client.identity != self.identity:
                 raise InputError(
                     f"the servers do not serve one model: {server.client.where} serves "
                     f"{server.client.identity or 'a model it does not name'}, but the run began with "
-                    f"{self.identity or 'a model that was not named'}. Serve the same .nemo everywhere and run again."
+                    f"{self.identity or 'a model that was not named'} at {self._began_at}. Serve the same .nemo "
+                    "everywhere and run again."
                 )
             if found is not None and self._format is not None:
                 try:
-                    self._format.require_same(found, "the server that began", server.client.where)
+                    self._format.require_same(found, self._began_at, server.client.where)
                 except FormatMismatchError as err:
                     raise InputError(str(err)) from err
             server.known = True

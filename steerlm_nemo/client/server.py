@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from steerlm_nemo.errors import FormatMismatchError, InputError, ServerError
-from steerlm_nemo.model_kind import SteerLMFormat, kinds_that
+from steerlm_nemo.model_kind import MODEL_HEADER, SteerLMFormat, kinds_that
 
 
 class RequestRefusedError(ServerError):
@@ -57,6 +57,9 @@ class Generation:
 class ServerClient:
     """A server's address with time-out. One client may be shared by several threads.
 
+    It asks one model: the one of which `format` first told. Every answer that tells of another is refused, whatever it
+    answers; where an answer tells of none, the server is asked again before the answer counts.
+
     Where the environment has STEERLM_TOKEN, that token is sent.
     """
 
@@ -65,6 +68,7 @@ class ServerClient:
         self.num_requests = 0
         # Of the served model, once `format` has asked; None where the server is silent.
         self.identity: str | None = None
+        self._met = False
         self._http = httpx.Client(
             base_url=self.where,
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
@@ -80,9 +84,11 @@ class ServerClient:
         Raises:
             RequestRefusedError: the server says the request is wrong.
             ServerError: no answer.
+            InputError: another model answers than the one whose `format` was asked for.
         """
-        body = {"sentences": list(sentences), **settings}
-        return Generation(sentences, self._json("PUT", "/generate", body), self.where)
+        response = self._send("PUT", "/generate", {"sentences": list(sentences), **settings})
+        self._require_model(response)
+        return Generation(sentences, self._content(response), self.where)
 
     def attribute_lines(
         self, prompts: Sequence[str], given: Sequence[Mapping[str, str | int]] | None = None, *, beliefs: bool = True
@@ -94,8 +100,7 @@ class ServerClient:
         None where the server does not have this call, as NeMo's own.
 
         Raises:
-            RequestRefusedError, ServerError: as `generate`.
-            InputError: another model answers than the one whose `format` was asked for.
+            RequestRefusedError, ServerError, InputError: as `generate`.
         """
         body: dict[str, Any] = {"prompts": list(prompts)}
         if given is not None and any(given):
@@ -104,22 +109,17 @@ class ServerClient:
             body["beliefs"] = False
 
         response = self._send("POST", "/v1/attribute_lines", body)
+        self._require_model(response)
         if response.status_code == httpx.codes.NOT_FOUND:
             return None
         answer = self._content(response)
         try:
-            model = answer.get("model") or None
             told = answer.get("attributes") or [None] * len(prompts)
             found = [ServedLine(*row) for row in zip(answer["lines"], answer["num_overruled"], told, strict=True)]
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             raise ServerError(f"{self.where}/v1/attribute_lines answered something else: {answer!r:.200}") from err
         if len(found) != len(prompts):
             raise ServerError(f"{self.where} answered {len(found)} lines for {len(prompts)} prompts")
-        if model is not None and self.identity is not None and model != self.identity:
-            raise InputError(
-                f"{self.where} served model {self.identity} when this run began and serves {model} now. One file "
-                "is graded by one model: serve the first again and run the same command."
-            )
         return found
 
     def is_ready(self) -> bool:
@@ -132,20 +132,48 @@ class ServerClient:
     def format(self) -> SteerLMFormat | None:
         """The served model's template and schema; None if its checkpoint has none, or the server does not know.
 
-        Sets `identity`, too.
+        The first call sets `identity`.
 
         Raises:
             ServerError: the server cannot be reached.
+            InputError: it serves another model than at the first call.
         """
-        response = self._send("GET", "/v1/attributes")
-        if response.status_code == httpx.codes.NOT_FOUND:
+        content, told = self._tells()
+        with self._lock:
+            if not self._met:
+                self.identity, self._met = told, True
+        self._require_identity(told)
+        if content is None:
             return None
-        content = self._content(response)
         try:
-            self.identity = (content.get("identity") or None) if isinstance(content, dict) else None
             return SteerLMFormat.from_dict(content)
         except FormatMismatchError as err:
             raise ServerError(f"{self.where}/v1/attributes did not answer with a SteerLM format: {err}") from err
+
+    def _tells(self) -> tuple[Any, str | None]:
+        """The format as it was answered, and the identity; None for what the server does not tell."""
+        response = self._send("GET", "/v1/attributes")
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return None, response.headers.get(MODEL_HEADER)
+        content = self._content(response)
+        return content, (content.get("identity") or None) if isinstance(content, dict) else None
+
+    def _require_model(self, response: httpx.Response) -> None:
+        """Raise InputError if the answer, a refusal too, is not of the model that `format` first told of."""
+        told = response.headers.get(MODEL_HEADER)
+        if told is None and self.identity is not None:
+            # An older server of ours, or one behind a proxy that keeps headers to itself: the model before this answer
+            # and the one after it are the same.
+            told = _model_of(response) or self._tells()[1]
+        self._require_identity(told)
+
+    def _require_identity(self, told: str | None) -> None:
+        if self._met and told != self.identity:
+            raise InputError(
+                f"{self.where} served {named(self.identity)} when this run began and serves "
+                f"{told or 'a model that its server does not name'} now. One "
+                "file is made by one model: serve the first again and run the same command."
+            )
 
     def close(self) -> None:
         self._http.close()
@@ -199,6 +227,19 @@ def require_ability(served: SteerLMFormat | None, ability: str, where: str) -> S
     if ability not in served.kind.abilities:
         raise InputError(f"the model at {where} is {served.kind.title}; this needs {wanted}. Serve one of these.")
     return served
+
+
+def named(identity: str | None) -> str:
+    """A model in a sentence, by its identity."""
+    return "a model that its server does not name" if identity is None else f"model {identity}"
+
+
+def _model_of(response: httpx.Response) -> str | None:
+    """What the body of POST /v1/attribute_lines says."""
+    try:
+        return response.json().get("model") or None
+    except (ValueError, AttributeError):
+        return None
 
 
 def _message(response: httpx.Response) -> str:

@@ -21,6 +21,7 @@ from starlette.routing import Match, Route
 from steerlm_nemo.engine.protocol import Engine
 from steerlm_nemo.engine.worker import EngineWorker
 from steerlm_nemo.errors import ConfigError, InputError
+from steerlm_nemo.model_kind import MODEL_HEADER
 from steerlm_nemo.serving.http import error_response
 
 logger = logging.getLogger("steerlm_nemo.serving")
@@ -98,6 +99,8 @@ class FrontDoor:
         self.draining = False
         self.num_in_flight = 0
         self._token = token.encode() if token else None
+        identity = engine.info.identity.encode()
+        self._model = [(MODEL_HEADER.encode(), identity)] if identity else []
         self._routes: Sequence[Any] = ()
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)  # memory, processor time, open files of this process
@@ -142,7 +145,8 @@ class FrontDoor:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                own = [(b"x-request-id", request_id.encode()), *(self._model if refusal is None else ())]
+                message["headers"] = [*message.get("headers", ()), *own]
             await send(message)
 
         self.num_in_flight += refusal is None

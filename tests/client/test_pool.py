@@ -163,6 +163,89 @@ def test_a_model_that_changes_during_the_run_ends_it(tmp_path, fast_retries):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+LINE, SLOTS = AnnotationSettings(), AnnotationSettings(mode="slots")
+COMPAT = AnnotationSettings(mode="slots", turns="all", compat=True)
+
+
+def finished(output):
+    """The records that a run which did not end has in its journal."""
+    return [entry["record"] for entry in threads.read(Path(f"{output}.progress.jsonl"))[1:]]
+
+
+@pytest.mark.parametrize("settings", [LINE, SLOTS, COMPAT], ids=["line", "slots", "compat"])
+@pytest.mark.parametrize("tells_model", [True, False], ids=["answers name their model", "only the server does"])
+@pytest.mark.parametrize("second_is", ["another model", "the reference's server"])
+def test_no_record_graded_by_a_second_model_gets_in(tmp_path, fast_retries, settings, tells_model, second_is):
+    made = [{**record, "system": "A chat.\n"} for record in threads.records(30)]
+    source, output = threads.write(tmp_path / "in.jsonl", made), tmp_path / "out.jsonl"
+    with live.run_app(stub_server.build_stub("first")) as port:
+        grade(source, tmp_path / "whole.jsonl", [port], batch_size=2, settings=settings)
+    whole = threads.read(tmp_path / "whole.jsonl")
+    first = stub_server.build_stub("first", tells_model=tells_model)
+    second = stub_server.build_stub(
+        "second", tells_model=tells_model, salt="x", only_generate=second_is == "the reference's server"
+    )
+    after = 25 if settings is LINE else 300
+    with live.run_app(stub_server.Swapped(first, second, after)) as port, pytest.raises(InputError) as err:
+        grade(source, output, [port], batch_size=2, settings=settings, in_flight=2)
+    now = "second" if second_is == "another model" else "a model that its server does not name"
+    assert f"model first when this run began and serves {now} now" in str(err.value)
+    assert not output.exists() and 0 < len(finished(output)) < 30
+    assert all(record in whole for record in finished(output))
+    with live.run_app(stub_server.build_stub("first")) as port:
+        assert grade(source, output, [port], batch_size=2, settings=settings).num_resumed
+    assert threads.read(output) == whole
+
+
+@pytest.mark.parametrize("settings", [LINE, SLOTS, COMPAT], ids=["line", "slots", "compat"])
+def test_servers_of_two_models_are_refused_naming_both(tmp_path, settings):
+    source = threads.write(tmp_path / "in.jsonl", threads.records(4))
+    apps = [stub_server.build_stub("first"), stub_server.build_stub("second", salt="x")]
+    with live.run_app(apps[0]) as one, live.run_app(apps[1]) as two, pytest.raises(InputError) as err:
+        grade(source, tmp_path / "out.jsonl", [one, two], settings=settings)
+    said = f"http://127.0.0.1:{two} serves second, but the run began with first at http://127.0.0.1:{one}."
+    assert said in str(err.value)
+    assert not any(app.state.asked for app in apps)
+
+
+def test_a_server_that_comes_later_with_another_model_is_asked_nothing(tmp_path, fast_retries):
+    source, port, done = threads.write(tmp_path / "in.jsonl", threads.records(200)), free_port(), threading.Event()
+    late = stub_server.build_stub("second", salt="x")
+
+    def come():
+        time.sleep(0.3)
+        with live.run_app(late, port):
+            done.wait(20)
+
+    comes = threading.Thread(target=come)
+    with live.run_app(stub_server.build_stub("first", pause_s=0.02)) as one:
+        comes.start()
+        with pytest.raises(InputError, match="serves second, but the run began with first"):
+            grade(source, tmp_path / "out.jsonl", [one, port], in_flight=1, retries=12)
+        done.set()
+        comes.join()
+    assert not late.state.asked
+
+
+def test_who_does_not_name_the_model_is_said_once_and_kept(tmp_path, capfd):
+    made = [{**record, "system": "A chat.\n"} for record in threads.records(3)]
+    source, output = threads.write(tmp_path / "in.jsonl", made), tmp_path / "out.jsonl"
+    with source.open("a") as file:
+        file.write("{\n")  # keeps the run from finishing
+    with live.run_app(stub_server.build_stub(only_generate=True)) as port, pytest.raises(IncompleteError):
+        grade(source, output, [port], settings=COMPAT)
+    assert capfd.readouterr().err.count("does not tell which model it serves") == 1
+    with (
+        live.run_app(stub_server.build_stub("first")) as port,
+        pytest.raises(InputError, match="model was None, now 'first'"),
+    ):
+        grade(source, output, [port], settings=COMPAT)
+    threads.write(source, made)
+    with live.run_app(stub_server.build_stub(only_generate=True)) as port:
+        said = grade(source, output, [port], settings=COMPAT).text()
+    assert "graded by a model that its server does not name" in said
+
+
 def test_when_all_servers_are_gone_the_run_stops_with_exit_code_3_and_can_be_resumed(tmp_path, fast_retries):
     made = threads.records(150)
     source, output = threads.write(tmp_path / "in.jsonl", made), tmp_path / "out.jsonl"

@@ -218,6 +218,15 @@ def test_requests_have_a_number_that_clients_may_choose(engine, caplog):
     assert [line.rpartition("id=")[2] for line in lines] == ["mine-1", "mine-2", own]
 
 
+def test_every_answer_names_the_model_that_gave_it(engine, monkeypatch):
+    with live.run_engine(engine) as port:  # nobody knows what it is
+        assert "x-model-identity" not in send(port).headers
+    monkeypatch.setattr(engine, "info", replace(engine.info, identity="abc"))
+    with live.run_engine(engine) as port:
+        assert send(port).headers["x-model-identity"] == send(port, body={}).headers["x-model-identity"] == "abc"
+        assert get(port, "/nowhere").headers["x-model-identity"] == "abc"
+
+
 def test_a_path_cannot_write_log_lines_of_its_own(engine, caplog):
     with caplog.at_level(logging.INFO, "steerlm_nemo.serving"), live.run_engine(engine) as port:
         get(port, "/a%0aPUT%20/generate%20200")

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import tiny_world
@@ -54,9 +55,9 @@ def engine(record_type: str | None) -> HFEngine:
 
 
 @contextmanager
-def run_app(app: Starlette) -> Iterator[int]:
-    """The app on a free port of this machine, in a thread of this process."""
-    listener = open_listener(0)
+def run_app(app: Any, port: int = 0) -> Iterator[int]:
+    """The app on a port of this machine, a free one if none is given, in a thread of this process."""
+    listener = open_listener(port)
     config = uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=5, http=JsonProtocol)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

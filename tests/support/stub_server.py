@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from steerlm_nemo.attributes import NEMO12_LANG, AttributeSchema
-from steerlm_nemo.model_kind import GRADER, SteerLMFormat
+from steerlm_nemo.model_kind import GRADER, MODEL_HEADER, SteerLMFormat
 from steerlm_nemo.template import EXTRA_ID_TEMPLATE
 
 CLIENT_TIMEOUT_S = 1.0  # of the tests that run behind faults
@@ -63,11 +63,13 @@ def build_stub(
     *,
     only_generate: bool = False,
     tells_beliefs: bool = True,
+    tells_model: bool = True,
+    salt: str = "",
     pause_s: float = 0.0,
     dies_after: int | None = None,
 ) -> Starlette:
-    """`only_generate`: as NeMo's own server, which has no other call and tells nothing. `dies_after`: answers 503 to
-    everything after so many model calls."""
+    """`only_generate`: as NeMo's own server, which has no other call and tells nothing. `tells_model`: its answers name
+    their model. `salt`: makes it another model. `dies_after`: answers 503 to everything after so many model calls."""
     asked: list[Any] = []
 
     def is_dead() -> bool:
@@ -75,6 +77,11 @@ def build_stub(
 
     def gone() -> Response:
         return JSONResponse({"message": "the server is ending"}, 503)
+
+    def answered(content: Any) -> Response:
+        return JSONResponse(
+            content, headers={MODEL_HEADER: app.state.identity} if tells_model and not only_generate else {}
+        )
 
     largest = {"now": 0, "most": 0}
 
@@ -87,14 +94,14 @@ def build_stub(
         await asyncio.sleep(pause_s)
         given = body.get("given") or [{}] * len(body["prompts"])
         asked.extend(zip(body["prompts"], given, strict=True))
-        found = [line(p, known or {}, served.schema) for p, known in zip(body["prompts"], given, strict=True)]
+        found = [line(salt + p, known or {}, served.schema) for p, known in zip(body["prompts"], given, strict=True)]
         largest["now"] -= 1
-        return JSONResponse(
+        return answered(
             {
                 "lines": [text for text, _ in found],
                 "num_overruled": [0] * len(found),
                 "attributes": [beliefs for _, beliefs in found] if tells_beliefs else None,
-                "model": app.state.identity,
+                "model": app.state.identity if tells_model else None,
             }
         )
 
@@ -104,14 +111,14 @@ def build_stub(
         sentences = []
         for sentence in body["sentences"]:
             key = sentence.rpartition(",")[2].rpartition(served.template.label_start)[2].removesuffix(":")
-            sentences.append(sentence + value(sentence, key, served.schema))
-        return JSONResponse({"sentences": sentences})
+            sentences.append(sentence + value(salt + sentence, key, served.schema))
+        return answered({"sentences": sentences})
 
     async def health(request: Request) -> Response:
         return gone() if is_dead() else JSONResponse({"ready": True})
 
     async def format_(request: Request) -> Response:
-        return gone() if is_dead() else JSONResponse({**served.to_dict(), "identity": app.state.identity})
+        return gone() if is_dead() else answered({**served.to_dict(), "identity": app.state.identity})
 
     routes = [Route("/generate", generate, methods=["PUT"]), Route("/health", health)]
     if not only_generate:
@@ -122,6 +129,17 @@ def build_stub(
     app = Starlette(routes=routes)
     app.state.identity, app.state.asked, app.state.largest = identity, asked, largest
     return app
+
+
+class Swapped:
+    """Behind one address the first server, and the second from the `after`th answer of the first on."""
+
+    def __init__(self, first: Starlette, second: Starlette, after: int) -> None:
+        self._first, self._second, self._after = first, second, after
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        app = self._second if len(self._first.state.asked) >= self._after else self._first
+        await app(scope, receive, send)
 
 
 class Faults:
