@@ -48,11 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from steerlm_nemo.data.inspection import inspect_file
     from steerlm_nemo.data.preprocessing import Options
     from steerlm_nemo.data.rows import require_source
+    from steerlm_nemo.outputs import require_writable
     from steerlm_nemo.records import atomic_output
     from steerlm_nemo.report.inspection import facts, html_report, text_report
 
     for name in args.files:
         require_source(name)
+    for output in (args.html, args.json):
+        if output is not None:
+            require_writable(output)
     if min(args.seq_len) < 1:
         raise InputError(f"--seq_len is {min(args.seq_len)}; it must be 1 or more")
     schema = load_schema(args.schema) if args.schema else None

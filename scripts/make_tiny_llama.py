@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from steerlm_nemo.attributes import load_schema
+    from steerlm_nemo.outputs import target_of
     from steerlm_nemo.records import read_records
     from steerlm_nemo.toy.llama import TinyLlama, train_tokenizer, tree_texts, write_random_llama
 
@@ -39,6 +40,7 @@ def main() -> None:
         )
     if args.output_dir.exists() and not (args.output_dir / "config.json").is_file():
         raise InputError(f"--output_dir {args.output_dir} exists and holds no model; give another name")
+    target_of(args.output_dir, folder=True)
     texts = tree_texts(tree for _, tree in read_records(args.trees_file))
     tokenizer_model = train_tokenizer(texts, load_schema(args.schema), args.vocab_size)
     llama = TinyLlama(vocab_size=args.vocab_size, max_position=args.max_position)

@@ -36,8 +36,10 @@ def main() -> None:
     args = parse_args()
     from steerlm_nemo.attributes import load_schema
     from steerlm_nemo.evaluation.steering_curves import first_prompts, plan, read_answers, to_grade
+    from steerlm_nemo.outputs import require_writable
     from steerlm_nemo.records import atomic_output, dump_record
 
+    require_writable(args.output_file)
     if args.num_prompts < 1:
         raise InputError(f"--num_prompts is {args.num_prompts}; at least one is needed")
     if args.prompts_file is not None:

@@ -42,10 +42,13 @@ def main() -> None:
     from steerlm_nemo.evaluation import grading as value_model
     from steerlm_nemo.evaluation import steering_curves as steering
     from steerlm_nemo.evaluation.losses import read_losses
+    from steerlm_nemo.outputs import require_writable
     from steerlm_nemo.report import steerlm as report
     from steerlm_nemo.toy.world import read_attributes
 
     schema = load_schema(args.schema)
+    for name in report.FILES:
+        require_writable(Path(args.output_dir, name))
     toy = args.responses_file is not None
     if toy and schema != TOY6:
         raise InputError("--responses_file is read by the toy world's reader, which knows --schema toy6 only")

@@ -38,10 +38,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from steerlm_nemo.data.mask_view import views_of_lines
+    from steerlm_nemo.outputs import require_writable
     from steerlm_nemo.records import atomic_output, require_file
     from steerlm_nemo.report.mask import html_page, terminal_text
 
     require_file(args.dataset_file)
+    if args.html:
+        require_writable(args.html)
     for flag, values in (("seq_len", [args.seq_len]), ("line", args.line)):
         if min(values) < 1:
             raise InputError(f"--{flag} is {min(values)}; it must be 1 or more")

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from steerlm_nemo.conversation import RecordRef, dump_json
 from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.outputs import remove_earlier, replacing, target_of
 
 
 @dataclass(frozen=True)
@@ -278,35 +279,16 @@ def atomic_output(path: str | Path) -> Iterator[IO[str]]:
     Raises:
         InputError: nothing can be written at this path.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; name a file to write")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        output = partial.open("w", encoding="utf-8", newline="\n")
-    except OSError as err:
-        raise InputError(f"{path}: cannot be written here: {err.strerror}. Choose another output path.") from err
-    try:
-        with output as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a whole file; it appears under its name when complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    """Write a whole file; it appears under its name when complete. Raises InputError as `atomic_output`."""
+    with replacing(path) as partial:
         partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclass
@@ -334,8 +316,7 @@ class Accounting:
         if self.earlier_outputs:
             self._earlier = self.rejects_path
             self.rejects_path = self.rejects_path.with_suffix(".new.jsonl")
-        # Of a run that wrote nothing else.
-        self.rejects_path.unlink(missing_ok=True)
+        remove_earlier(self.rejects_path)  # of a run that wrote nothing else
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
@@ -344,9 +325,9 @@ class Accounting:
         if self._earlier is None or err is not None:
             return
         if self._file is not None:
-            self.rejects_path.replace(self._earlier)
+            target_of(self.rejects_path).replace(target_of(self._earlier))
         else:
-            self._earlier.unlink(missing_ok=True)
+            remove_earlier(self._earlier)
         self.rejects_path = self._earlier
 
     @property
@@ -371,7 +352,7 @@ class Accounting:
         if self._file is None:
             self.first_rejected = f"{ref}: {reason}"
             self.rejects_path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.rejects_path.open("w", encoding="utf-8", newline="\n")
+            self._file = target_of(self.rejects_path).open("w", encoding="utf-8", newline="\n")
         raw_text = raw.decode("utf-8", errors="backslashreplace")
         self._file.write(json.dumps({"where": str(ref), "reason": reason, "raw": raw_text}, ensure_ascii=True) + "\n")
         self._file.flush()

@@ -15,6 +15,7 @@ ORDER = (
     # what every step speaks
     *(
         "errors",
+        "outputs",
         "flags",
         "accepted_keys",
         "config",

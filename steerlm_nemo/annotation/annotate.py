@@ -40,6 +40,7 @@ from steerlm_nemo.conversation import Conversation
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError, ServerError
 from steerlm_nemo.evaluation.grading import Comparison
 from steerlm_nemo.model_kind import GRADE, GRADER, SteerLMFormat
+from steerlm_nemo.outputs import remove_earlier, require_writable
 from steerlm_nemo.records import (
     Accounting,
     atomic_output,
@@ -120,8 +121,7 @@ def annotate(
             kept in OUTPUT.progress.jsonl, and the same command goes on from there.
     """
     source, output = require_file(input_file), Path(output_file)
-    if output.is_dir():
-        raise InputError(f"{output} is a directory; give the name of a file to write")
+    require_writable(output)
     require_other_file(output, source)
     for name, value in (("batch_size", batch_size), ("concurrency", servers.in_flight)):
         if not isinstance(value, int) or value < 1:
@@ -371,7 +371,7 @@ def _compare(conversation: Conversation, settings: AnnotationSettings, compariso
 def _write_comparison(output: Path, comparison: Comparison) -> None:
     """OUTPUT.comparison.json and .html, where there is something to compare; those of an earlier run do not stay."""
     for kind in ("json", "html"):
-        Path(f"{output}.comparison.{kind}").unlink(missing_ok=True)
+        remove_earlier(f"{output}.comparison.{kind}")
     if comparison.text():
         with atomic_output(f"{output}.comparison.json") as file:
             json.dump(comparison.to_dict(), file, indent=1)

@@ -46,6 +46,7 @@ from steerlm_nemo.checkpoint.safety import (
 from steerlm_nemo.checkpoint.streaming import EagerFile
 from steerlm_nemo.checkpoint.torch_dist import check_chunks, parse_index
 from steerlm_nemo.errors import CheckpointError
+from steerlm_nemo.outputs import target_of
 
 WEIGHTS_DIR = "model_weights"
 MAX_MEMBERS = 100_000
@@ -172,17 +173,18 @@ def extract_nemo(path: str | Path, into: str | Path) -> Path:
     into = Path(into)
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise CheckpointError(f"{into}: exists and is not an empty folder. Choose another one.")
-    into.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
+    target = target_of(into, folder=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         with open_nemo(path) as nemo:
             for name in nemo.members:
                 with nemo.open(name) as member:
                     _write_new_file(staging / name, member)
         check_directory(staging)
-        if into.exists():
-            into.rmdir()
-        staging.rename(into)
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -370,11 +372,12 @@ class NemoWriter:
     def __enter__(self) -> NemoWriter:
         if self.path.is_dir():
             raise CheckpointError(f"{self.path}: is a folder; give the name of the .nemo file to write")
-        folder = self.path.parent  # `.` for a bare filename
+        self._target = target_of(self.path)
+        folder = self._target.parent  # `.` for a bare filename
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_stale(folder, self.path.name)
-            self._partial = folder / f".{self.path.name}.{secrets.token_hex(8)}.partial"
+            remove_stale(folder, self._target.name)
+            self._partial = folder / f".{self._target.name}.{secrets.token_hex(8)}.partial"
             self._file = EagerFile(self._partial)
         except OSError as err:
             raise CheckpointError(f"{self.path}: cannot be written: {err.strerror}") from err
@@ -391,8 +394,8 @@ class NemoWriter:
                 self._file.sync()
                 if self._approve is not None:
                     self._approve(self._partial)
-                os.replace(self._partial, self.path)
-                _fsync_folder(self.path.parent)
+                os.replace(self._partial, self._target)
+                _fsync_folder(self._target.parent)
         except OSError as err:
             raise CheckpointError(f"{self.path}: writing failed: {err.strerror}. Nothing was left there.") from err
         finally:

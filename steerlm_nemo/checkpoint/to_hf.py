@@ -39,6 +39,7 @@ from steerlm_nemo.checkpoint.tokenizer_files import (
 from steerlm_nemo.checkpoint.torch_dist import StoredRows
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.errors import CheckpointError
+from steerlm_nemo.outputs import target_of
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -144,22 +145,23 @@ def export(plan: Export, out: Path, report: Callable[[str], None], max_shard_byt
     started = time.monotonic()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty folder. Choose another one, or remove it first.")
+    target = target_of(out.absolute(), folder=True)
     total = sum(plan.num_bytes(rule) for rule, _ in plan.units)
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        if total > (free := shutil.disk_usage(out.absolute().parent).free):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if total > (free := shutil.disk_usage(target.parent).free):
             raise CheckpointError(f"{out}: needs {gigabytes(total)}, but the disk has {gigabytes(free)} left")
         report(f"writing {gigabytes(total)} of {plan.weights.dtype}, {plan.layout.num_layers} layers")
-        remove_stale(out.absolute().parent, out.name)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
+        remove_stale(target.parent, target.name)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         lock = os.open(staging, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # tells `remove_stale` that somebody still writes it
             _write_folder(plan, staging, total, max_shard_bytes, report)
             staging.chmod(0o777 & ~_umask())
-            if out.exists():
-                out.rmdir()
-            staging.rename(out)
+            if target.exists():
+                target.rmdir()
+            staging.rename(target)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.outputs import remove_earlier, require_writable, target_of
 from steerlm_nemo.records import RawLine
 
 
@@ -27,13 +28,12 @@ class Journal:
     """Append-only file of finished records, in order of completion. Used from one thread."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Open or create. Raises InputError if the file belongs to a run with other settings."""
+        """Open or create. Raises InputError if it cannot be, or if the file belongs to a run with other settings."""
         self.path = path
         self._entries: dict[int, tuple[str, int]] = {}  # input line -> hash, position in the file
-        if path.is_dir():
-            raise InputError(f"{path} is a directory; the progress file must go there. Choose another output name.")
+        require_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("a+b")
+        self._file: IO[bytes] = target_of(path).open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as err:
@@ -72,7 +72,7 @@ class Journal:
 
     def delete(self) -> None:
         self._file.close()
-        self.path.unlink(missing_ok=True)
+        remove_earlier(self.path)
 
     def _append(self, entry: Mapping[str, Any]) -> int:
         position = self._file.seek(0, 2)

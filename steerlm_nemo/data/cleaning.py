@@ -16,7 +16,8 @@ from pathlib import Path
 
 from steerlm_nemo.conversation import Conversation, RecordRef, require_every_loss, to_lines
 from steerlm_nemo.data.sources.helpsteer import refuse_strengths
-from steerlm_nemo.errors import IncompleteError, InputError, RecordError
+from steerlm_nemo.errors import IncompleteError, RecordError
+from steerlm_nemo.outputs import require_writable
 from steerlm_nemo.records import (
     Accounting,
     RawLine,
@@ -170,8 +171,8 @@ def clean_file(
     """
     from tqdm import tqdm
 
-    if report is not None and Path(report).is_dir():
-        raise InputError(f"--report {report} is a directory; name a file to write")
+    if report is not None:
+        require_writable(report)
     require_other_file(output_file, dataset_file)
     findings = Findings()
     with records, atomic_output(output_file) as output:

@@ -68,11 +68,14 @@ class Results:
         }
 
 
+FILES = ("summary.json", "report.html")
+
+
 def write_report(results: Results, folder: str | Path) -> None:
     """Write `summary.json` and `report.html` into `folder`."""
-    with atomic_output(Path(folder) / "summary.json") as file:
+    with atomic_output(Path(folder) / FILES[0]) as file:
         file.write(json.dumps(results.summary(), indent=1, allow_nan=False) + "\n")
-    with atomic_output(Path(folder) / "report.html") as file:
+    with atomic_output(Path(folder) / FILES[1]) as file:
         file.write(html_page(results))
 
 

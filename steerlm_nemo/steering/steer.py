@@ -20,6 +20,7 @@ from steerlm_nemo.conversation import SYSTEM_PROMPT
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.messages import conversation_of
 from steerlm_nemo.model_kind import CHAT, SteerLMFormat
+from steerlm_nemo.outputs import require_writable
 from steerlm_nemo.records import atomic_output, dump_record, read_records
 
 
@@ -133,6 +134,7 @@ def steer_file(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
+    require_writable(output_file)
     records = list(read_records(input_file))
     servers = connect(endpoint)
     served = servers.require_format(CHAT)

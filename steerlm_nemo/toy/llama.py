@@ -18,6 +18,7 @@ from typing import Any
 from steerlm_nemo.attributes import AttributeSchema
 from steerlm_nemo.conversation import ASSISTANT, SYSTEM_PROMPT, USER
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.outputs import target_of
 from steerlm_nemo.template import SYSTEM_ROLE
 
 
@@ -94,7 +95,8 @@ def write_random_llama(folder: Path, llama: TinyLlama, tokenizer_model: bytes, s
         else (llama.initializer_range * rng.standard_normal(shape)).astype(np.float32)
         for name, shape in llama.shapes()
     }
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    target = target_of(folder, folder=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
@@ -103,9 +105,9 @@ def write_random_llama(folder: Path, llama: TinyLlama, tokenizer_model: bytes, s
         _write_json(partial / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
         tokenizer_config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
         _write_json(partial / "tokenizer_config.json", tokenizer_config)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
