@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from steerlm_nemo.checkpoint.safety import check_directory
 from steerlm_nemo.errors import CheckpointError, SteerLMError
 
+_UNFINISHED = "-unfinished"  # of the empty file that NeMo puts beside a checkpoint while it writes it
+_DISCARDED = ".discarded"  # at the end: NeMo takes what ends with "last" for a checkpoint, hidden or not
 EXIT_STOPPED_EARLY = 75  # EX_TEMPFAIL: the same command goes on where this one stopped; Slurm scripts requeue on it
 
 
@@ -33,3 +38,39 @@ def check_resumable(checkpoint: Path) -> None:
             f"{checkpoint}: not a folder. Runs resume from distributed checkpoints, which are folders; move this away."
         )
     check_directory(checkpoint)
+
+
+def discard_leftovers(log_dir: Path) -> Iterator[str]:
+    """Remove what a kill during a save left: checkpoints without an end, and an old last one beside the new.
+
+    NeMo ends with a traceback at either, at every start, until somebody deletes it by hand. Every rank may call this,
+    before NeMo looks: a rename decides which of them removes a folder, and for none it is there any more.
+
+    Yields a sentence for each checkpoint removed.
+    """
+    checkpoints = log_dir / "checkpoints"
+    for marker in sorted(checkpoints.glob(f"*{_UNFINISHED}")):
+        checkpoint = marker.with_name(marker.name.removesuffix(_UNFINISHED))
+        if _discard(checkpoint):
+            yield f"removed {checkpoint}: the run was killed while it was being written"
+        marker.unlink(missing_ok=True)  # after the folder, which without it would pass for a whole checkpoint
+    finished = sorted(checkpoints.glob("*-last"), key=_steps)
+    for checkpoint in finished[:-1]:
+        if _discard(checkpoint):
+            yield f"removed {checkpoint}: {finished[-1].name} was complete when the run was killed"
+    for discarded in checkpoints.glob(f"*{_DISCARDED}"):
+        shutil.rmtree(discarded, ignore_errors=True)
+
+
+def _discard(checkpoint: Path) -> bool:
+    try:
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}{_DISCARDED}"))
+    except FileNotFoundError:
+        return False  # no more was written than the marker, or another rank was faster
+    return True
+
+
+def _steps(checkpoint: Path) -> int:
+    """Optimizer steps behind a checkpoint, which stand in its name."""
+    found = re.search(r"step=(\d+)", checkpoint.name)
+    return int(found[1]) if found else -1

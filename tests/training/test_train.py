@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,9 +86,17 @@ def test_the_result_says_what_it_was_trained_for(finished: Path, base_nemo: Path
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(
     finished: Path, base_nemo: Path, records: dict[str, Path], tmp_path: Path
 ) -> None:
-    """SIGTERM after the first checkpoint (saves and exits with 75), SIGKILL after the second, then to the end."""
+    """SIGTERM after the first checkpoint (saves and exits with 75), SIGKILL after the second, then to the end.
+
+    Before the first start lies what a kill in the first save leaves, before the last what one between the end of a
+    save and the removal of the checkpoint before it does. NeMo alone never gets past either.
+    """
     args = [*overrides(base_nemo, records, tmp_path), *TWO_RANKS]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torn = tmp_path / "checkpoints" / "megatron_gpt_sft--val_loss=9.000-step=4-consumed_samples=64-epoch=0-last"
+    torn.mkdir(parents=True)
+    (torn / "common.pt").write_bytes(b"half of")
+    torn.with_name(f"{torn.name}-unfinished").touch()
     for number, step in ((signal.SIGTERM, 4), (signal.SIGKILL, 8)):
         log = (tmp_path / f"{number.name}.log").open("w")
         process = subprocess.Popen(train_command(*args), env=env, stdout=log, stderr=log)
@@ -99,8 +109,13 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(
         code = process.wait(timeout=120)
         assert code in ((75, 0) if number is signal.SIGTERM else (-9,))
         time.sleep(3)  # the ranks of a killed launcher end by themselves, saving
+    (log_of_first,) = tmp_path.rglob("SIGTERM.log")  # NeMo moves what lies in the folder of a run that goes on
+    assert f"removed {torn}: the run was killed while it was being written" in log_of_first.read_text()
+    (newest,) = (tmp_path / "checkpoints").glob("*-last")
+    older = shutil.copytree(newest, newest.with_name(re.sub(r"step=\d+", "step=1", newest.name)))
     result = train(*args)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert f"removed {older}: {newest.name} was complete" in result.stdout
     assert "resuming at step" in result.stdout
     resumed, whole = weights(nemo_of(tmp_path)), weights(nemo_of(finished))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
