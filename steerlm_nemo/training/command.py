@@ -9,7 +9,7 @@ from steerlm_nemo import ranks
 from steerlm_nemo.checkpoint.archive import check_nemo
 from steerlm_nemo.config import load_config, printable
 from steerlm_nemo.training.config import check, require_values
-from steerlm_nemo.training.fingerprint import refuse_foreign_resume
+from steerlm_nemo.training.fingerprint import finished_line, refuse_foreign_resume
 from steerlm_nemo.training.method import Method
 
 
@@ -28,6 +28,10 @@ def train(argv: Sequence[str], method: Method) -> None:
     base = check_nemo(cfg.model.restore_from_path)
     check(cfg, base, method)
     refuse_foreign_resume(cfg, method)
+    if line := finished_line(cfg):
+        if ranks.this_rank() == 0:
+            print(line)
+        return
     if ranks.should_warn():
         for warning in method.warnings(cfg, base):
             print(f"WARNING: {warning}", file=sys.stderr)

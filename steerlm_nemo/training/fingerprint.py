@@ -1,4 +1,4 @@
-"""What identifies a run, so that a run is only ever resumed as itself."""
+"""What identifies a run, so that a run is only ever resumed as itself, and a finished one left alone."""
 
 from __future__ import annotations
 
@@ -40,6 +40,29 @@ def file_identity(path: str) -> dict[str, Any]:
     with open(path, "rb") as file:
         head = file.read(1 << 20)
     return {"path": str(Path(path).resolve()), "bytes": os.path.getsize(path), "head": digest_of({"h": head.hex()})}
+
+
+def note_result(log_dir: Path, steps: int, nemo: Path) -> None:
+    """Remember that the run of this folder is finished, and what came out."""
+    part = _result_file(log_dir).with_suffix(".part")
+    part.write_text(json.dumps({"steps": steps, "nemo": file_identity(str(nemo))}))
+    part.replace(_result_file(log_dir))
+
+
+def finished_line(cfg: DictConfig) -> str | None:
+    """A sentence about the run of the log folder if it is finished and its `.nemo` lies there as it was written."""
+    result_file = _result_file(Path(cfg.exp_manager.explicit_log_dir))
+    if not cfg.exp_manager.resume_if_exists or not result_file.is_file():
+        return None
+    result = json.loads(result_file.read_text())
+    nemo = Path(result["nemo"]["path"])
+    if not nemo.is_file() or file_identity(str(nemo)) != result["nemo"]:
+        return None
+    return f"this run is finished: {result['steps']} steps, {nemo}; nothing was done"
+
+
+def _result_file(log_dir: Path) -> Path:
+    return log_dir / "checkpoints" / "result.json"
 
 
 def refuse_foreign_resume(cfg: DictConfig, method: Method) -> None:

@@ -17,7 +17,7 @@ from steerlm_nemo.compat import prepare, quiet_logs
 from steerlm_nemo.compat.model_config import for_this_machine
 from steerlm_nemo.ranks import this_rank
 from steerlm_nemo.training.config import check_schedule
-from steerlm_nemo.training.fingerprint import fingerprint
+from steerlm_nemo.training.fingerprint import fingerprint, note_result
 from steerlm_nemo.training.method import Method
 from steerlm_nemo.training.resume import StoppedEarlyError, check_log_folder, discard_leftovers
 
@@ -102,6 +102,8 @@ def run(cfg: DictConfig, method: Method) -> None:
     if cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
         target = log_dir / "checkpoints" / f"{cfg.name}.nemo"
         save_nemo(model, saved_config(base_config, intended, model, data.format, cfg, method), artifacts, target)
+        if this_rank() == 0:
+            note_result(log_dir, trainer.step, target)
         report(f"trained {trainer.step} steps in {time.monotonic() - started:.0f} s; wrote {target}")
 
 

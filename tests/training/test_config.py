@@ -11,7 +11,7 @@ import pytest
 from steerlm_nemo.config import CONFIG_DIR, load_config
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.training import config as training_config
-from steerlm_nemo.training.fingerprint import fingerprint, refuse_foreign_resume
+from steerlm_nemo.training.fingerprint import fingerprint, finished_line, note_result, refuse_foreign_resume
 from steerlm_nemo.training.methods.sft import SFT
 
 BASE = {
@@ -200,3 +200,20 @@ def test_a_folder_with_another_run_is_not_resumed(good: list[str], tmp_path: Pat
     (tmp_path / "train.jsonl").write_text("other data")
     with pytest.raises(ConfigError, match="holds another run.*\n  train_file: that run"):
         refuse_foreign_resume(cfg, SFT)
+
+
+def test_a_finished_run_is_left_alone_as_long_as_its_nemo_is_what_it_wrote(good: list[str], tmp_path: Path) -> None:
+    cfg = checked(good)
+    assert finished_line(cfg) is None
+    nemo = tmp_path / "log" / "checkpoints" / "megatron_gpt_sft.nemo"
+    nemo.parent.mkdir(parents=True)
+    nemo.write_bytes(b"weights")
+    note_result(tmp_path / "log", 12, nemo)
+    assert finished_line(cfg) == f"this run is finished: 12 steps, {nemo}; nothing was done"
+    cfg.exp_manager.resume_if_exists = False
+    assert finished_line(cfg) is None
+    cfg.exp_manager.resume_if_exists = True
+    nemo.write_bytes(b"other weights")
+    assert finished_line(cfg) is None
+    nemo.unlink()
+    assert finished_line(cfg) is None

@@ -83,6 +83,20 @@ def test_the_result_says_what_it_was_trained_for(finished: Path, base_nemo: Path
 
 
 @pytest.mark.slow
+def test_a_finished_run_that_is_started_again_says_so_and_changes_nothing(
+    finished: Path, base_nemo: Path, records: dict[str, Path]
+) -> None:
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+    before = state()
+    result = train(*overrides(base_nemo, records, finished), *TWO_RANKS)
+    assert result.returncode == 0 and not result.stderr
+    assert result.stdout == f"this run is finished: 12 steps, {nemo_of(finished)}; nothing was done\n"
+    assert state() == before
+
+
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(
     finished: Path, base_nemo: Path, records: dict[str, Path], tmp_path: Path
 ) -> None:
