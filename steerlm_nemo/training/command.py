@@ -11,6 +11,7 @@ from steerlm_nemo.config import load_config, printable
 from steerlm_nemo.training.config import check, require_values
 from steerlm_nemo.training.fingerprint import finished_line, refuse_foreign_resume
 from steerlm_nemo.training.method import Method
+from steerlm_nemo.training.resume import clear_leftovers
 
 
 def train(argv: Sequence[str], method: Method) -> None:
@@ -33,6 +34,7 @@ def train(argv: Sequence[str], method: Method) -> None:
             print(line)
         return
     if ranks.should_warn():
+        clear_leftovers(cfg)  # before ranks are there that could be faster, and silent
         for warning in method.warnings(cfg, base):
             print(f"WARNING: {warning}", file=sys.stderr)
     if not ranks.ranks_exist() and cfg.trainer.num_nodes == 1 and cfg.trainer.devices > 1:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+
+from omegaconf import DictConfig
 
 from steerlm_nemo.checkpoint.safety import check_directory
 from steerlm_nemo.errors import CheckpointError, SteerLMError
@@ -40,24 +41,24 @@ def check_resumable(checkpoint: Path) -> None:
     check_directory(checkpoint)
 
 
-def discard_leftovers(log_dir: Path) -> Iterator[str]:
+def clear_leftovers(cfg: DictConfig) -> None:
     """Remove what a kill during a save left: checkpoints without an end, and an old last one beside the new.
 
     NeMo ends with a traceback at either, at every start, until somebody deletes it by hand. Every rank may call this,
-    before NeMo looks: a rename decides which of them removes a folder, and for none it is there any more.
-
-    Yields a sentence for each checkpoint removed.
+    before NeMo looks: a rename decides which of them removes a folder, and says so; for none it is there any more.
     """
-    checkpoints = log_dir / "checkpoints"
+    if not cfg.exp_manager.resume_if_exists:
+        return
+    checkpoints = Path(cfg.exp_manager.explicit_log_dir) / "checkpoints"
     for marker in sorted(checkpoints.glob(f"*{_UNFINISHED}")):
         checkpoint = marker.with_name(marker.name.removesuffix(_UNFINISHED))
         if _discard(checkpoint):
-            yield f"removed {checkpoint}: the run was killed while it was being written"
+            print(f"removed {checkpoint}: the run was killed while it was being written", flush=True)
         marker.unlink(missing_ok=True)  # after the folder, which without it would pass for a whole checkpoint
     finished = sorted(checkpoints.glob("*-last"), key=_steps)
     for checkpoint in finished[:-1]:
         if _discard(checkpoint):
-            yield f"removed {checkpoint}: {finished[-1].name} was complete when the run was killed"
+            print(f"removed {checkpoint}: {finished[-1].name} was complete when the run was killed", flush=True)
     for discarded in checkpoints.glob(f"*{_DISCARDED}"):
         shutil.rmtree(discarded, ignore_errors=True)
 

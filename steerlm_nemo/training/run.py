@@ -19,7 +19,7 @@ from steerlm_nemo.ranks import this_rank
 from steerlm_nemo.training.config import check_schedule
 from steerlm_nemo.training.fingerprint import fingerprint, note_result
 from steerlm_nemo.training.method import Method
-from steerlm_nemo.training.resume import StoppedEarlyError, check_log_folder, discard_leftovers
+from steerlm_nemo.training.resume import StoppedEarlyError, check_log_folder, clear_leftovers
 
 
 def run(cfg: DictConfig, method: Method) -> None:
@@ -31,9 +31,7 @@ def run(cfg: DictConfig, method: Method) -> None:
     """
     # --- prepare ---
     log_dir = Path(cfg.exp_manager.explicit_log_dir)
-    if cfg.exp_manager.resume_if_exists:
-        for line in discard_leftovers(log_dir):
-            print(line, flush=True)  # only one rank hears of it
+    clear_leftovers(cfg)  # of ranks that others started, whichever comes first
     check_log_folder(log_dir)  # before NeMo starts; what exp_manager then chooses is checked once more
     identity = fingerprint(cfg, method)  # of what was asked for, before it is adapted to this machine
     capabilities = prepare()
