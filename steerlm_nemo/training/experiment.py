@@ -35,7 +35,7 @@ def open_experiment(cfg: DictConfig, method: Method) -> tuple[Any, CustomLoggerW
     if ptl_trainer.ckpt_path is not None:
         check_resumable(Path(ptl_trainer.ckpt_path))
     _start(ptl_trainer.loggers)
-    return ptl_trainer, CustomLoggerWrapper(ptl_trainer.loggers)
+    return ptl_trainer, CustomLoggerWrapper([*ptl_trainer.loggers])
 
 
 def _start(loggers: list[Any]) -> None:

@@ -45,6 +45,7 @@ def run(cfg: DictConfig, method: Method) -> None:
 
     from steerlm_nemo.training.experiment import open_experiment, save_run_files
     from steerlm_nemo.training.loaders import build_loaders, num_steps
+    from steerlm_nemo.training.metrics import MetricsFile
     from steerlm_nemo.training.model import check_optimizer, load_base, merge_model_config, set_up_optimizer
     from steerlm_nemo.training.save import save_nemo, saved_config
     from steerlm_nemo.training.trainer import RunTimer
@@ -89,6 +90,8 @@ def run(cfg: DictConfig, method: Method) -> None:
     if state is not None:
         trainer.load_state_dict(state)
         report(f"resuming at step {trainer.step} of {trainer.max_steps}")
+    if this_rank() == 0:
+        logger.loggers.append(MetricsFile(log_dir, trainer.step))
     started = time.monotonic()
     trainer.fit()
     if trainer.step < trainer.max_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,10 @@ def test_two_ranks_learn_what_one_rank_learns(
     # The first steps share a schedule up to warm-up; later the cosine of the shorter run falls faster.
     assert all(abs(one[step] - two[step]) < 1e-4 for step in range(3))
     assert two[11] < two[0] - 0.5
+    logged = [json.loads(line) for line in (finished / "metrics/metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["train/loss"] for line in logged if "train/loss" in line} == pytest.approx(two)
+    assert [line["step"] for line in logged if "val/loss" in line] == [4, 8, 12]
+    assert (finished / "metrics/loss.svg").is_file()
 
 
 @pytest.mark.slow
