@@ -18,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 LAUNCHED_HERE = "STEERLM_RANK_OF_LAUNCHER"  # set for ranks whose launcher has checked the config and warned already
 EXIT_RANK_FAILED = 70  # of a rank that failed by itself, or that lost one that did
@@ -45,7 +47,7 @@ def should_warn() -> bool:
 def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
     """Run `python argv` once per rank and wait. Returns the exit code of the rank that failed first, or 0.
 
-    When one rank fails the others are stopped: a collective without its partner would wait for ever. SIGINT and
+    When one rank fails the others are ended: a collective without its partner would wait for ever. SIGINT and
     SIGTERM are passed on, and the ranks may save for as long as it takes; a second signal ends them after 5 s. Rank 0
     has the terminal.
     """
@@ -66,24 +68,16 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
     with contextlib.ExitStack() as stack:
         # Rank 0 speaks for all; what the others said is shown if one of them fails by itself.
         logs = [None, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, num_ranks))]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, *argv],
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        first = _wait(ranks)
+        ranks = stack.enter_context(_Ranks())
+        for rank, log in enumerate(logs):
+            ranks.start([sys.executable, *argv], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log)
+        first = ranks.wait()
         if first is None:
             return 0
-        code = ranks[first].returncode
+        code = ranks.processes[first].returncode
         log = logs[first]
         # Otherwise rank 0 has said why itself; not if all it knows is that it lost its partner.
-        if log is not None and (ranks[0].returncode <= 0 or code == EXIT_RANK_FAILED):
+        if log is not None and (ranks.processes[0].returncode <= 0 or code == EXIT_RANK_FAILED):
             log.seek(0)
             said = log.read().decode(errors="replace")[-4000:]
             how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
@@ -99,40 +93,89 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all; the number of the rank that failed first, or None."""
-    num_signals = 0
+class _Ranks:
+    """Processes that get this one's signals and do not outlive the block.
 
-    def forward(signum: int, frame: object) -> None:
-        nonlocal num_signals
-        num_signals += 1
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                rank.send_signal(signum)
+    Signals are counted from before the first one is started, and the handler raises nothing: what it raised while a
+    process is being started would be dropped by Python, and the signal lost.
+    """
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    first_failed: int | None = None
-    deadline = None
-    try:
-        while any(rank.poll() is None for rank in ranks):
-            if first_failed is None:
-                first_failed = next((number for number, rank in enumerate(ranks) if rank.poll()), None)
-            # A failed rank leaves the others in a collective. After a signal they may save for as long as it takes;
-            # whoever cannot wait signals again.
-            if deadline is None and (num_signals > 1 or (first_failed is not None and not num_signals)):
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._signals: list[int] = []
+        self._num_sent = 0
+
+    def __enter__(self) -> _Ranks:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._previous = {number: signal.signal(number, self._remember) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def start(self, command: Sequence[str | os.PathLike[str]], environment: Mapping[str, str], log: Any) -> None:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        self.processes.append(process)
+
+    def wait(self) -> int | None:
+        """Wait for all; the number of the rank that failed first, or None."""
+        first_failed: int | None = None
+        deadline = None
+        while any(process.poll() is None for process in self.processes):
+            self._pass_signals_on()
+            if first_failed is None and (first_failed := self._failed()) is not None:
+                self._tell_of_stopped()
+                for process in self._running():
+                    process.send_signal(signal.SIGCONT)  # one that was stopped may still have something to say
+            if deadline is None and self._is_hopeless(first_failed):
                 deadline = time.monotonic() + FAILURE_GRACE_S
             if deadline is not None and time.monotonic() > deadline:
-                for rank in ranks:
-                    if rank.poll() is None:
-                        rank.kill()
+                for process in self._running():
+                    process.kill()
             time.sleep(0.05)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait()
-    if first_failed is None:
-        first_failed = next((number for number, rank in enumerate(ranks) if rank.returncode), None)
-    return first_failed
+        return self._failed() if first_failed is None else first_failed
+
+    def _remember(self, number: int, frame: object) -> None:
+        self._signals.append(number)
+
+    def _pass_signals_on(self) -> None:
+        while self._num_sent < len(self._signals):
+            for process in self._running():
+                process.send_signal(self._signals[self._num_sent])
+            self._num_sent += 1
+
+    def _running(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self.processes if process.poll() is None]
+
+    def _failed(self) -> int | None:
+        return next((rank for rank, process in enumerate(self.processes) if process.poll()), None)
+
+    def _is_hopeless(self, first_failed: int | None) -> bool:
+        """Is nothing worth waiting for?
+
+        A failed rank leaves the others in a collective. After a signal they may save for as long as it takes, unless
+        one has lost the others; whoever cannot wait signals again.
+        """
+        if first_failed is None:
+            return len(self._signals) > 1
+        return len(self._signals) != 1 or self.processes[first_failed].returncode == EXIT_RANK_FAILED
+
+    def _tell_of_stopped(self) -> None:
+        """Why a rank hangs, where that can be seen (Linux only)."""
+        for rank, process in enumerate(self.processes):
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{process.pid}/stat").read_text()
+                if stat.rpartition(") ")[2][:1] in ("T", "t"):
+                    print(f"rank {rank}, process {process.pid}, had been stopped, by SIGSTOP perhaps", file=sys.stderr)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
+
+from steerlm_nemo.ranks import EXIT_RANK_FAILED
 
 LAUNCH = "import sys; from steerlm_nemo.ranks import launch_ranks; sys.exit(launch_ranks(sys.argv[1:], 2))"
 
@@ -66,6 +71,43 @@ def test_a_signal_reaches_every_rank_and_lets_it_finish(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30)[0] == "saved\n"
     assert process.returncode == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_arrives_while_the_ranks_are_started_is_not_lost(tmp_path: Path, number: signal.Signals) -> None:
+    """Python drops what a handler raises there."""
+    path = write(tmp_path, "time.sleep(600)")
+    program = f"import os\nos.register_at_fork(before=lambda: os.kill(os.getpid(), {int(number)}))\n{LAUNCH}"
+    result = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 128 + number, result.stderr
+    assert "Exception ignored" not in result.stderr
+
+
+def test_a_rank_that_is_stopped_is_named_continued_and_ended_when_another_gives_up(tmp_path: Path) -> None:
+    here = f"pathlib.Path({str(tmp_path)!r}, 'continued')"
+    path = write(
+        tmp_path,
+        f"if rank == 1:\n    os.kill(os.getpid(), signal.SIGSTOP)\n    {here}.write_text('')\n    time.sleep(600)\n"
+        f"time.sleep(0.5)\nassert not {here}.exists()\nsys.exit({EXIT_RANK_FAILED})",
+    )
+    result = launch(path)
+    assert result.returncode == EXIT_RANK_FAILED
+    assert re.search(r"rank 1, process \d+, had been stopped", result.stderr)
+    assert (tmp_path / "continued").exists()
+
+
+def test_after_a_signal_a_rank_that_lost_the_others_ends_them_all_the_same(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN if rank else lambda *_: os._exit({EXIT_RANK_FAILED}))\n"
+        f"pathlib.Path({str(tmp_path)!r}, f'ready{{rank}}').write_text('')\ntime.sleep(600)",
+    )
+    process = subprocess.Popen([sys.executable, "-c", LAUNCH, path])
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == EXIT_RANK_FAILED
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
