@@ -38,10 +38,12 @@ def main() -> None:
         return
     if not ranks.ranks_exist() and cfg.trainer.devices > 1 and cfg.trainer.num_nodes == 1:
         if cfg.server:
+            from steerlm_nemo.engine.watch import patience_from
             from steerlm_nemo.serving.front_door import settings_from
             from steerlm_nemo.serving.listener import open_listener
 
             settings_from(cfg.http)
+            patience_from(cfg.engine)
             # A taken port is better learnt before the ranks start; rank 0 will warn if there is reason to.
             open_listener(cfg.port, cfg.host, has_token=True).close()
         sys.exit(ranks.launch_ranks(sys.argv, cfg.trainer.devices))

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -22,13 +23,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
+ANSWER_S = 1.0  # for the last answers to be written
+
 
 class Door(Protocol):
     """What the server asks of the application's front door."""
 
     draining: bool
-    num_in_flight: int
     worker: Any  # its `failed` is what killed the engine, or None
+
+    @property
+    def num_in_flight(self) -> int: ...
+
+    def cut(self, why: str) -> None: ...
 
 
 class JsonProtocol(H11Protocol):
@@ -43,35 +50,60 @@ class JsonProtocol(H11Protocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """Goes on answering, with 503, while the requests in flight are finished.
+    """Goes on answering, with 503, while the requests in flight are finished; none ends without an answer.
 
-    Ends by returning: uvicorn raises the signal again at the end, which would skip the other ranks' farewell.
+    Ends by returning: uvicorn raises the signal again at the end, which would skip the other ranks' farewell. A second
+    signal ends the process, as soon as the requests in flight have been told.
     """
 
     def __init__(self, config: uvicorn.Config, door: Door, drain_s: float) -> None:
         super().__init__(config)
         self._door = door
         self._drain_s = drain_s
-        self._deadline: float | None = None
+        self._drained_by: float | None = None
+        self._gone_by: float | None = None
+        self._second_signal: int | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._door.draining:
+        if not self._door.draining:
+            self._door.draining = True
+        elif self._second_signal is None:
+            self._second_signal = sig
+            # If the loop is stuck, too.
+            failsafe = threading.Timer(2 * ANSWER_S, os._exit, [128 + sig])
+            failsafe.daemon = True
+            failsafe.start()
+        else:
             os._exit(128 + sig)
-        self._door.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._door.draining and self._deadline is None:
-            self._deadline = time.monotonic() + self._drain_s
+        now = time.monotonic()
+        if self._door.draining and self._drained_by is None:
+            self._drained_by = now + self._drain_s
             logger.info(
                 "ending: %d requests in flight have %g s; a second signal ends them at once",
                 self._door.num_in_flight,
                 self._drain_s,
             )
-        if self._deadline is not None and (not self._door.num_in_flight or time.monotonic() > self._deadline):
-            self.should_exit = True
-        if self._door.worker.failed is not None:
+        if self._gone_by is None and (why := self._why_cut(now)):
+            logger.info("%d requests in flight are answered with 503: %s", self._door.num_in_flight, why)
+            self._door.cut(why)
+            self._gone_by = now + ANSWER_S
+        is_ending = self._drained_by is not None or self._gone_by is not None
+        if is_ending and (not self._door.num_in_flight or (self._gone_by is not None and now > self._gone_by)):
+            if self._second_signal is not None:
+                os._exit(128 + self._second_signal)
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def _why_cut(self, now: float) -> str | None:
+        if self._second_signal is not None:
+            return "the server was told twice to end"
+        if self._door.worker.failed is not None:
+            return f"the engine died: {self._door.worker.failed}; the server ends"
+        if self._drained_by is not None and now > self._drained_by:
+            return f"the server is ending and waited no longer than {self._drain_s:g} s"
+        return None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

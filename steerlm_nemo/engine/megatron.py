@@ -3,14 +3,16 @@
 Rank 0 plans each forward pass and sends the plan as integers (no pickle). Every rank runs it; rank 0 draws the tokens,
 which the others learn with the next plan. So whatever fails outside the model fails on rank 0 only, and ranks cannot
 drift apart (D-18). What fails inside the model ends the server: the other ranks may be in a collective without partner.
+Rank 0 says every second that it is there, so that the others know a rank 0 that hangs from one without work.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
-import time
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +26,7 @@ from steerlm_nemo.engine.cache import KVCache
 from steerlm_nemo.engine.plan import StepPlan
 from steerlm_nemo.engine.protocol import EngineCounters, Event, ModelInfo, Sample, ScoreRequest
 from steerlm_nemo.engine.scheduler import Scheduler
+from steerlm_nemo.engine.watch import Watch
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.models.loading import LoadedModel
 from steerlm_nemo.ranks import EXIT_RANK_FAILED
@@ -31,8 +34,14 @@ from steerlm_nemo.ranks import EXIT_RANK_FAILED
 logger = logging.getLogger("steerlm_nemo.serving")
 
 _IDLE_TIMEOUT = timedelta(days=365)  # followers wait for work without limit; a dead rank 0 closes their connection
-_REASON_FIRST_S = 1.0  # rank 0 ends after a rank that it lost, so that the launcher shows that one's reason
+_ALIVE_S = 1.0  # between two words of a rank 0 without work
+_RANK_0_FIRST_S = 5.0  # the others give up later: rank 0 has clients to tell
+_END, _ALIVE = 0, 1  # lengths of what is no plan
 _HEAD = 4096  # integers of the first message of a plan; what is longer needs a second one
+
+
+class RankLostError(RuntimeError):
+    """Ranks can no longer work together; the whole job has to end, with EXIT_RANK_FAILED."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class MegatronEngine:
         # A gloo group of its own: waiting for work must neither time out nor occupy the accelerator.
         self._num_ranks = dist.get_world_size()
         self._plan_group = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT) if self._num_ranks > 1 else None
+        self._talking = threading.Lock()  # to the other ranks, with a plan or with a word
+        self._closed = threading.Event()
         self.info = ModelInfo(
             name=name,
             tokenizer=loaded.tokenizer,
@@ -92,6 +103,8 @@ class MegatronEngine:
         self._scheduler = Scheduler(
             cache, self.info, settings.max_batch_rows, settings.max_step_tokens, settings.prefix_reuse
         )
+        if self._num_ranks > 1 and dist.get_rank() == 0:
+            threading.Thread(target=self._say_alive, name="alive", daemon=True).start()
 
     @property
     def counters(self) -> EngineCounters:
@@ -104,52 +117,79 @@ class MegatronEngine:
         self._scheduler.cancel(row)
 
     def step(self) -> Sequence[Event]:
-        """Rank 0 only. A failure inside the model fails the running rows if this is the only rank, else the server."""
+        """Rank 0 only. A failure inside the model fails the running rows if this is the only rank.
+
+        Raises:
+            RankLostError: with several ranks it is the end of the engine.
+        """
         plan = self._scheduler.plan()
         if plan is None:
             return []
         try:
-            if self._num_ranks > 1:
-                self._send(plan.pack())
-            logits = self._forward(plan)
+            with self._talking:
+                if self._num_ranks > 1:
+                    self._send(plan.pack())
+                logits = self._forward(plan)
         except Exception as err:
-            self._end_if_not_alone()
+            if self._num_ranks > 1:
+                # The other ranks may be inside a collective that this one left, or this one in one that they left:
+                # nothing can be said to them any more. Ending is what they notice, and the launcher then ends them.
+                self._closed.set()
+                logger.critical("rank 0 failed inside the model or lost another rank", exc_info=True)
+                raise RankLostError("rank 0 failed inside the model or lost another rank; the server ends") from err
             logger.exception("the model failed; the %d rows it worked on are given up", len(plan.lines))
             return self._scheduler.fail_running(err)
         return self._scheduler.take(logits)
 
-    def follow(self) -> None:
+    def follow(self, give_up_s: float = math.inf) -> None:
         """The life of every other rank: run each plan, until rank 0 calls `close`.
 
+        It ends the process, with EXIT_RANK_FAILED and the reason, where the model fails, or where for `give_up_s` (and
+        the moment that rank 0 gets to tell its clients) no forward pass has ended and rank 0 has said nothing.
         Signals are rank 0's to act on: it may still have responses to finish, and needs its partners for them.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        while True:
-            try:
-                packed = self._receive()
-                if packed is None:
-                    return
-                self._forward(StepPlan.unpack(packed))
-            except Exception:
-                self._end_if_not_alone()
+        rank = dist.get_rank()
 
-    def close(self) -> None:
-        """Let the other ranks end. Rank 0 only."""
-        if self._num_ranks > 1:
-            self._send(np.zeros(1, np.int64))
+        def give_up() -> None:
+            logger.critical("rank %d: rank 0 has been silent for %.0f s; the server ends", rank, watch.still_s)
+            os._exit(EXIT_RANK_FAILED)
 
-    def _end_if_not_alone(self) -> None:
-        if self._num_ranks > 1:
-            # The other ranks may be inside a collective that this one left, or this one in one that they left: nothing
-            # can be said to them any more. Ending is what they notice, and the launcher then ends them.
-            rank = dist.get_rank()
+        watch = Watch(give_up_s + _RANK_0_FIRST_S, give_up)
+        watch.start()
+        watch.moved()
+        try:
+            while (packed := self._receive()) is not None:
+                watch.moved()
+                if len(packed) > _ALIVE:
+                    self._forward(StepPlan.unpack(packed))
+                    watch.moved()
+        except Exception:
             logger.critical(
                 "rank %d failed inside the model or lost another rank; the server ends", rank, exc_info=True
             )
-            if rank == 0:
-                time.sleep(_REASON_FIRST_S)
             os._exit(EXIT_RANK_FAILED)
+        watch.stop()
+
+    def close(self) -> None:
+        """Let the other ranks end. Rank 0 only."""
+        self._closed.set()
+        if self._num_ranks > 1:
+            with self._talking:
+                self._send(np.array([_END]))
+
+    def _say_alive(self) -> None:
+        while not self._closed.wait(_ALIVE_S):
+            # Not during a forward pass: then the others are in it, too.
+            if self._talking.acquire(blocking=False):
+                try:
+                    if not self._closed.is_set():
+                        self._send(np.array([_ALIVE]))
+                except RuntimeError:
+                    return  # a rank is gone; the next step finds that out, and says so
+                finally:
+                    self._talking.release()
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> torch.Tensor:
@@ -179,12 +219,12 @@ class MegatronEngine:
             dist.broadcast(torch.from_numpy(packed[_HEAD:].copy()), src=0, group=self._plan_group)
 
     def _receive(self) -> np.ndarray | None:
-        """The next plan, packed; None at the end."""
+        """The next plan, packed, or a single number where rank 0 is only there; None at the end."""
         head = torch.zeros(_HEAD, dtype=torch.int64)
         dist.broadcast(head, src=0, group=self._plan_group)
         length = int(head[0])
         if length <= _HEAD:
-            return head[:length].numpy() if length else None
+            return None if length == _END else head[:length].numpy()
         rest = torch.zeros(length - _HEAD, dtype=torch.int64)
         dist.broadcast(rest, src=0, group=self._plan_group)
         return torch.cat([head, rest]).numpy()

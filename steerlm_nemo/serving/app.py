@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from steerlm_nemo.engine.protocol import Engine
+from steerlm_nemo.engine.watch import Patience
 from steerlm_nemo.engine.worker import EngineWorker
 from steerlm_nemo.serving import http as answers
 from steerlm_nemo.serving.front_door import FrontDoor, HttpSettings
@@ -29,13 +30,15 @@ from steerlm_nemo.serving.routes.operation import Operation, Server, abilities_o
 from steerlm_nemo.serving.routes.table import TABLE, TABLE_NEMO123
 
 
-def build_app(engine: Engine, *, http: HttpSettings, max_batch_rows: int, compat: str | None = None) -> Starlette:
+def build_app(
+    engine: Engine, *, http: HttpSettings, max_batch_rows: int, patience: Patience, compat: str | None = None
+) -> Starlette:
     """Its lifespan starts and drains the one thread that steps the engine. `app.state.server` is what its routes share.
 
     `compat="nemo1.23"` answers failed checks of /generate with status 200 and a bare JSON string, ignores unknown keys
     and pads rows that ended early with eos, as the reference does.
     """
-    worker = EngineWorker(engine, max_batch_rows, http.max_waiting_requests)
+    worker = EngineWorker(engine, max_batch_rows, http.max_waiting_requests, patience)
     info = engine.info
     door = FrontDoor(worker, engine, http.token)
     table = TABLE_NEMO123 if compat else TABLE
@@ -75,7 +78,6 @@ def build_app(engine: Engine, *, http: HttpSettings, max_batch_rows: int, compat
             BadRequest: bad_request,
             ClientDisconnect: answers.client_gone,
             RecursionError: answers.too_deep,
-            Exception: answers.defect,
         },
         lifespan=lifespan,
     )

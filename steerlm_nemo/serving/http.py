@@ -158,8 +158,8 @@ async def _lines(events: AsyncGenerator[object]) -> AsyncGenerator[str]:
         async with aclosing(events):
             async for event in events:
                 yield f"data: {json_text(event)}\n\n"
-    except HTTPException as err:  # too late for a status: OpenAI's clients raise on this event
-        yield f"data: {json_text(_openai_error(err.status_code, err.detail))}\n\n"
+    except HTTPException as err:
+        yield error_event(err.status_code, err.detail)
         return
     yield "data: [DONE]\n\n"
 
@@ -220,10 +220,6 @@ async def too_deep(request: Request, err: Exception) -> Response:
     return error_response(request.url.path, 400, "the body is nested too deeply")
 
 
-async def defect(request: Request, err: Exception) -> Response:
-    return error_response(request.url.path, 500, "Internal Server Error")
-
-
 def error_response(
     path: str, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
 ) -> Response:
@@ -231,6 +227,11 @@ def error_response(
     if speaks_openai(path):
         return json_response(_openai_error(status, message, param, code), status, headers)
     return json_response({"message": message}, status, headers)
+
+
+def error_event(status: int, message: str) -> str:
+    """The last event of a stream that failed, when it is too late for a status: OpenAI's clients raise on it."""
+    return f"data: {json_text(_openai_error(status, message))}\n\n"
 
 
 def speaks_openai(path: str) -> bool:

@@ -61,7 +61,8 @@ def open_listener(port: int, host: str = LOOPBACK, *, has_token: bool = False) -
 def serve(app: Starlette, listener: socket.socket, name: str, drain_s: float) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish those in flight, for `drain_s` at most, and return.
 
-    Meanwhile new requests are answered with 503. A second signal ends the process at once.
+    Meanwhile new requests are answered with 503, and in the end those that could not be finished. A second signal does
+    so at once and ends the process.
 
     Raises:
         ServerError: the engine died.
@@ -79,7 +80,7 @@ def serve(app: Starlette, listener: socket.socket, name: str, drain_s: float) ->
         log_level="warning",
         access_log=False,  # ours has rows and milliseconds, and no addresses
         timeout_keep_alive=75,  # longer than clients keep theirs (httpx: 5 s), or both ends would meet at the door
-        timeout_graceful_shutdown=1,  # _Server has waited for the requests already
+        timeout_graceful_shutdown=1,  # DrainingServer has waited for the requests already
         lifespan="on",
         http=JsonProtocol,
     )

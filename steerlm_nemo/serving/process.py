@@ -5,15 +5,19 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
 from steerlm_nemo.checkpoint.archive import check_nemo
 from steerlm_nemo.compat import leave_a_core
-from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.errors import ConfigError, ServerError
 from steerlm_nemo.models.loading import check_parallelism
+from steerlm_nemo.ranks import EXIT_RANK_FAILED
+
+_REASON_FIRST_S = 1.0  # rank 0 ends after a rank that it lost, so that the launcher shows that one's reason
 
 
 def resolve(cfg: DictConfig) -> Mapping[str, Any]:
@@ -39,17 +43,19 @@ def resolve(cfg: DictConfig) -> Mapping[str, Any]:
 
 
 def run(cfg: DictConfig) -> None:
-    """Serve until told to stop, or continue `cfg.prompts` once. Every rank calls this.
+    """Serve until told to stop, or continue `cfg.prompts` once, and end the process. Every rank calls this.
+
+    Where the engine died the exit code is not 0, EXIT_RANK_FAILED if there are several ranks.
 
     Raises:
         InputError: the port is taken, or the token file cannot be read; found before the model is loaded.
-        ServerError: the engine died.
     """
+    from steerlm_nemo.engine.watch import patience_from
     from steerlm_nemo.serving.front_door import settings_from as http_settings_from
     from steerlm_nemo.serving.listener import open_listener
 
     is_first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-    http = http_settings_from(cfg.http)
+    http, patience = http_settings_from(cfg.http), patience_from(cfg.engine)
     listener = None
     if is_first and cfg.server:
         listener = open_listener(cfg.port, cfg.host, has_token=http.token is not None)
@@ -57,7 +63,7 @@ def run(cfg: DictConfig) -> None:
     leave_a_core()
     import torch
 
-    from steerlm_nemo.engine.megatron import MegatronEngine, settings_from
+    from steerlm_nemo.engine.megatron import MegatronEngine, RankLostError, settings_from
     from steerlm_nemo.models.loading import load_for_inference
 
     settings = settings_from(cfg.engine)
@@ -69,7 +75,7 @@ def run(cfg: DictConfig) -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     if not is_first:
-        engine.follow()
+        engine.follow(patience.give_up_s)
         _leave()
     print("\n".join(loaded.capabilities.lines()), flush=True)
     try:
@@ -79,22 +85,30 @@ def run(cfg: DictConfig) -> None:
             from steerlm_nemo.serving.app import build_app
             from steerlm_nemo.serving.listener import serve
 
-            app = build_app(engine, compat=cfg.compat, max_batch_rows=settings.max_batch_rows, http=http)
+            app = build_app(
+                engine, compat=cfg.compat, max_batch_rows=settings.max_batch_rows, http=http, patience=patience
+            )
             serve(app, listener, engine.info.name, http.drain_s)
+    except (ServerError, RankLostError) as err:
+        print(f"error: {err}", file=sys.stderr, flush=True)
+        if cfg.tensor_model_parallel_size == 1:
+            _leave(ServerError.exit_code)
+        time.sleep(_REASON_FIRST_S)
+        _leave(EXIT_RANK_FAILED)
     finally:
         engine.close()
     _leave()
 
 
-def _leave() -> None:
-    """End this rank now, successfully.
+def _leave(code: int = 0) -> NoReturn:
+    """End this rank now.
 
     At an ordinary exit gloo's threads are torn down while the other rank's are; the one that comes second finds its
-    connection closed and, now and then, aborts the process.
+    connection closed and, now and then, aborts the process. A thread that hangs in a collective would never be left.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _continue_prompts(cfg: DictConfig, engine: Any) -> None:

@@ -7,8 +7,11 @@ import live
 import pytest
 
 from steerlm_nemo.engine.protocol import Sample, ScoreRequest, score
+from steerlm_nemo.engine.watch import Patience
 from steerlm_nemo.engine.worker import EngineDiedError, EngineWorker
 from steerlm_nemo.errors import InputError
+
+PATIENCE = Patience(stall_s=60, give_up_s=180)
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def engine():
 
 @pytest.fixture
 def worker(engine):
-    worker = EngineWorker(engine, max_batch_rows=3, max_waiting_requests=8)
+    worker = EngineWorker(engine, max_batch_rows=3, max_waiting_requests=8, patience=PATIENCE)
     worker.start()
     yield worker
     worker.stop()
@@ -81,7 +84,7 @@ def test_an_engine_that_dies_is_told_to_everybody_who_waits_and_to_whoever_comes
         def step(self):
             raise RuntimeError("no more")
 
-    worker = EngineWorker(Dying(), max_batch_rows=1, max_waiting_requests=8)
+    worker = EngineWorker(Dying(), max_batch_rows=1, max_waiting_requests=8, patience=PATIENCE)
     futures = [worker.submit([sample(300, 2)]) for _ in range(3)]
     worker.start()
     for future in futures:

@@ -227,8 +227,10 @@ def test_the_documentation_names_every_path_and_every_key(documents):
 
 def test_the_documentation_has_the_defaults_of_the_config():
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    told = dict(re.findall(r"^\| `http\.(\w+)` \| (\d+) \|", text, re.MULTILINE))
-    settings = live.server_config().http
-    assert {key: int(value) for key, value in told.items()} == {
-        key: settings[key] for key in settings if key != "token_file"
+    told = dict(re.findall(r"^\| `http\.(\w+)` \| (\d+|\[\]) \|", text, re.MULTILINE))
+    config = live.server_config()
+    assert {key: json.loads(value) for key, value in told.items()} == {
+        key: config.http[key] for key in config.http if key != "token_file"
     }
+    for key in ("stall_s", "give_up_s"):
+        assert f"`engine.{key}` ({config.engine[key]} s)" in text

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import live
 import pytest
+
+from steerlm_nemo.ranks import EXIT_RANK_FAILED
 
 pytest.importorskip("nemo", reason="needs the training stack: nemo_toolkit, megatron-core, nemo-aligner")
 
@@ -45,13 +48,14 @@ def ask(port):
 
 
 def ask_for_a_stream(port):
-    """ "done", or how the stream broke off."""
+    """ "done", "error event", or how the stream broke off."""
     body = {"prompt": "Tell me.", "max_tokens": 200, "temperature": 0, "stream": True}
     try:
         with httpx.stream(
             "POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=PATIENCE_S, trust_env=False
         ) as answer:
-            return "done" if "data: [DONE]" in list(answer.iter_lines()) else "no end"
+            last = [line for line in answer.iter_lines() if line][-1:]
+            return {"data: [DONE]": "done", 'data: {"error"': "error event"}.get("".join(last)[:14].strip(), "no end")
     except httpx.TransportError as err:
         return type(err).__name__
 
@@ -63,34 +67,93 @@ def started_ranks(process):
     return [pid for rank in (b"RANK=0", b"RANK=1") for pid, environment in environments.items() if rank in environment]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("busy", [True, False], ids=["under load", "idle"])
-def test_a_killed_rank_ends_the_server_with_its_number(nemo, busy, tmp_path):
+@contextmanager
+def served(nemo, log, *settings):
+    """A server of two ranks that answers, its port, and the processes of its ranks; what it says goes to `log`."""
     with live.open_listener(0) as free:
         port = free.getsockname()[1]
     command = [sys.executable, ROOT / "scripts/megatron_gpt_eval.py", f"gpt_model_file={nemo}", "server=True"]
-    with (tmp_path / "log").open("w+") as log, ThreadPoolExecutor(4) as pool:
-        arguments = [f"port={port}", "trainer.devices=2"]
-        server = subprocess.Popen([*command, *arguments], stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while ask(port) != 200:
-                assert server.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-            stop = time.monotonic() + PATIENCE_S
-            asked = (ask, ask_for_a_stream)
-            answers = [pool.submit(asked[number % 2], port) for number in range(40 if busy else 0)]
-            time.sleep(0.5)
-            os.kill(started_ranks(server)[1], signal.SIGKILL)
-            assert server.wait(timeout=PATIENCE_S) != 0
-            assert time.monotonic() < stop
-            # Every client hears of it: none waits for an answer that cannot come.
-            statuses = [answer.result(timeout=PATIENCE_S) for answer in answers]
-        finally:
-            server.kill()
-            server.wait()
-        said = (tmp_path / "log").read_text()
+    command += [f"port={port}", "trainer.devices=2", *settings]
+    with log.open("w") as said:
+        server = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    try:
+        while ask(port) != 200:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield server, port, started_ranks(server)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def is_gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("busy", [True, False], ids=["under load", "idle"])
+def test_a_killed_rank_ends_the_server_with_its_number(nemo, busy, tmp_path):
+    log = tmp_path / "log"
+    with served(nemo, log) as (server, port, ranks), ThreadPoolExecutor(4) as pool:
+        stop = time.monotonic() + PATIENCE_S
+        asked = (ask, ask_for_a_stream)
+        answers = [pool.submit(asked[number % 2], port) for number in range(40 if busy else 0)]
+        time.sleep(0.5)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert server.wait(timeout=PATIENCE_S) != 0
+        assert time.monotonic() < stop
+        # Every client hears of it: none waits for an answer that cannot come.
+        statuses = [answer.result(timeout=PATIENCE_S) for answer in answers]
+    said = log.read_text()
     assert not busy or all(any(status not in (200, "done") for status in statuses[kind::2]) for kind in (0, 1))
+    assert not busy or {503, "error event"} <= {*statuses}, statuses
     assert "rank 1 was ended by signal 9" in said or "lost another rank; the server ends" in said, said
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_makes_the_server_unready_and_then_ends_it_with_answers_for_all(nemo, tmp_path):
+    log = tmp_path / "log"
+    bounds = ("engine.stall_s=1", "engine.give_up_s=6")
+    with served(nemo, log, *bounds) as (server, port, ranks), ThreadPoolExecutor(4) as pool:
+
+        def status(path):
+            return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE_S, trust_env=False).status_code
+
+        os.kill(ranks[1], signal.SIGSTOP)
+        answers = [pool.submit(asked, port) for asked in (ask, ask_for_a_stream)]
+        while status("/ready") == 200:
+            time.sleep(0.1)
+        assert status("/health") == 503 and server.poll() is None
+        os.kill(ranks[1], signal.SIGCONT)
+        assert [answer.result(timeout=PATIENCE_S) for answer in answers] == [200, "done"]
+        assert (status("/ready"), status("/health")) == (200, 200)
+        os.kill(ranks[1], signal.SIGSTOP)
+        answers = [pool.submit(asked, port) for asked in (ask, ask_for_a_stream) * 2]
+        assert server.wait(timeout=PATIENCE_S) == EXIT_RANK_FAILED
+        assert [answer.result(timeout=PATIENCE_S) for answer in answers] == [503, "error event"] * 2
+        assert all(map(is_gone, ranks))
+    said = log.read_text()
+    assert f"rank 1, process {ranks[1]}, had been stopped" in said
+    assert "error: stopped serving tiny: the engine died: no forward pass has ended for" in said
+    assert "Traceback" not in said, said
+
+
+@pytest.mark.slow
+def test_a_rank_0_that_hangs_is_ended_by_the_others_and_answers_before(nemo, tmp_path):
+    log = tmp_path / "log"
+    bounds = ("engine.stall_s=1", "engine.give_up_s=3")
+    with served(nemo, log, *bounds) as (server, port, ranks), ThreadPoolExecutor(2) as pool:
+        os.kill(ranks[0], signal.SIGSTOP)
+        answers = [pool.submit(asked, port) for asked in (ask, ask_for_a_stream)]
+        assert server.wait(timeout=PATIENCE_S) == EXIT_RANK_FAILED
+        assert [answer.result(timeout=PATIENCE_S) for answer in answers] == [503, "error event"]
+        assert all(map(is_gone, ranks))
+    said = log.read_text()
+    assert f"rank 0, process {ranks[0]}, had been stopped" in said
+    assert "rank 1: rank 0 has been silent for" in said
 
 
 @pytest.mark.slow

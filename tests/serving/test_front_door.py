@@ -45,9 +45,17 @@ def get(port, path, **options):
     return httpx.get(f"http://127.0.0.1:{port}{path}", trust_env=False, timeout=PATIENCE_S, **options)
 
 
-def numbers(port):
+def samples(port):
     families = text_string_to_metric_families(get(port, "/metrics").text)
-    return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+    return [sample for family in families for sample in family.samples]
+
+
+def numbers(port):
+    """By name and labels, but for the model's name."""
+    return {
+        (sample.name, *sorted(value for label, value in sample.labels.items() if label != "model_name")): sample.value
+        for sample in samples(port)
+    }
 
 
 def wait_until(true):
@@ -198,12 +206,58 @@ def test_metrics_count_requests_and_what_the_engine_did(engine):
     assert after["steerlm_requests_total", "/generate", "400", "POST"] == 1
     assert after["steerlm_requests_total", "404", "POST", "other"] == 1  # strangers' paths make no series of their own
     assert after["steerlm_request_seconds_count", "/generate"] == 2
-    made = after["steerlm_generated_tokens_total",] - before["steerlm_generated_tokens_total",]
+    made = after["steerlm_generation_tokens_total",] - before["steerlm_generation_tokens_total",]
     assert 1 <= made <= 4
     assert after["steerlm_prefilled_tokens_total",] > before["steerlm_prefilled_tokens_total",]
-    assert after["steerlm_rows_running",] == after["steerlm_requests_waiting",] == 0
+    assert after["steerlm_rows_running",] == after["steerlm_num_requests_waiting",] == 0
     assert after["steerlm_requests_in_flight",] == 1  # the one that asks
     assert after["steerlm_ready",] == 1
+
+
+def test_every_number_of_the_server_names_the_model(engine):
+    with live.run_engine(engine) as port:
+        assert send(port).status_code == 200
+        ours = [sample for sample in samples(port) if sample.name.startswith("steerlm_")]
+    assert len({sample.name for sample in ours}) > 20
+    assert {sample.labels.get("model_name") for sample in ours} == {"VALUE_TO_TEXT"}
+
+
+def test_histograms_hold_every_row_and_every_token(engine):
+    three = {**LONG, "n": 3, "max_tokens": 20}
+    with live.run_engine(Slow(engine, 0.03), max_batch_rows=2) as port:
+        before = numbers(port)
+        usage = send(port, "/v1/completions", three).json()["usage"]
+        after = numbers(port)
+
+    def grown(name):
+        return after[name,] - before[name,]
+
+    def seconds(what, up_to=None):
+        name = f"steerlm_{what}_seconds"
+        return (
+            grown(f"{name}_sum") if up_to is None else after[f"{name}_bucket", up_to] - before[f"{name}_bucket", up_to]
+        )
+
+    assert grown("steerlm_time_to_first_token_seconds_count") == grown("steerlm_request_queue_time_seconds_count") == 3
+    assert grown("steerlm_e2e_request_latency_seconds_count") == 1
+    assert grown("steerlm_generation_tokens_total") == usage["completion_tokens"]
+    assert grown("steerlm_inter_token_latency_seconds_count") == usage["completion_tokens"] - 3
+    assert grown("steerlm_prompt_tokens_total") == 3 * usage["prompt_tokens"]
+    # A step takes 0.03 s at least, and the third row waits for one of the first two.
+    assert seconds("time_to_first_token", "0.025") == seconds("inter_token_latency", "0.025") == 0
+    assert 0.03 < seconds("request_queue_time") < seconds("time_to_first_token")
+    assert seconds("inter_token_latency") >= 0.03 * (usage["completion_tokens"] - 3)
+    assert seconds("e2e_request_latency") > seconds("inter_token_latency") / 3
+
+
+def test_rows_and_requests_that_wait_are_counted_apart(engine):
+    with live.run_engine(Slow(engine, 0.05), max_batch_rows=2) as port, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(send, port, "/v1/completions", {**LONG, "n": 3, "max_tokens": 20}) for _ in range(2)]
+        wait_until(lambda: numbers(port)["steerlm_rows_waiting",] == 4)
+        now = numbers(port)
+        assert now["steerlm_rows_running",] == 2 and now["steerlm_num_requests_running",] == 1
+        assert now["steerlm_num_requests_waiting",] == 2  # of one, two rows have joined
+        assert [answer.result().status_code for answer in asked] == [200, 200]
 
 
 def test_requests_have_a_number_that_clients_may_choose(engine, caplog):
@@ -244,14 +298,14 @@ def test_what_is_no_http_gets_json_too(engine):
 # ---- clients that leave -------------------------------------------------------------------------------------------
 
 
-def leave(port, path, body):
-    """Send a request, and return the open connection."""
+def leave(port, path, body, sent=1.0):
+    """Send a request, or the given share of its body, and return the open connection."""
     connection = socket.create_connection(("127.0.0.1", port))
     content = json.dumps(body).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     )
-    connection.sendall(head.encode() + content)
+    connection.sendall(head.encode() + content[: int(sent * len(content))])
     return connection
 
 
@@ -267,14 +321,14 @@ def leave(port, path, body):
 )
 def test_a_client_that_leaves_gives_its_rows_back(engine, path, body, record_property):
     with live.run_engine(Slow(engine)) as port:
-        before = numbers(port)["steerlm_generated_tokens_total",]
+        before = numbers(port)["steerlm_generation_tokens_total",]
         connection = leave(port, path, body)
         wait_until(lambda: numbers(port)["steerlm_rows_running",] == 3)
         connection.close()
         seconds = wait_until(lambda: numbers(port)["steerlm_rows_running",] == 0)
         record_property("seconds", seconds)
         print(f"rows free {seconds:.3f} s after the client left")
-        assert numbers(port)["steerlm_generated_tokens_total",] - before < 3 * 50  # 3 * 200 would have come
+        assert numbers(port)["steerlm_generation_tokens_total",] - before < 3 * 50  # 3 * 200 would have come
         assert send(port).status_code == 200
 
 
@@ -285,10 +339,10 @@ def test_a_client_that_leaves_while_it_waits_gives_its_place_back_during_a_long_
         first = pool.submit(send, port, body={**GENERATE, "tokens_to_generate": 5})
         wait_until(lambda: numbers(port)["steerlm_rows_running",] == 1)
         waiting = leave(port, "/v1/completions", {**LONG, "stream": stream})
-        wait_until(lambda: numbers(port)["steerlm_requests_waiting",] == 1)
+        wait_until(lambda: numbers(port)["steerlm_num_requests_waiting",] == 1)
         assert send(port).status_code == 429
         waiting.close()
-        seconds = wait_until(lambda: numbers(port)["steerlm_requests_waiting",] == 0)
+        seconds = wait_until(lambda: numbers(port)["steerlm_num_requests_waiting",] == 0)
         print(f"place free {seconds:.3f} s after the client left")
         assert not first.done()
         assert send(port).status_code == 200
@@ -332,47 +386,143 @@ def test_sigterm_finishes_streams_refuses_what_is_new_and_ends_with_0(slow_serve
     assert "ending: 1 requests in flight" in err
 
 
-def test_a_second_signal_ends_at_once(slow_server):
-    connection = leave(slow_server.port, "/v1/completions", {**LONG, "n": 8})
-    wait_until(lambda: numbers(slow_server.port)["steerlm_rows_running",] == 8)
-    slow_server.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: get(slow_server.port, "/ready").status_code == 503)
-    slow_server.process.send_signal(signal.SIGTERM)
-    assert slow_server.process.wait(timeout=PATIENCE_S) == 128 + signal.SIGTERM
-    connection.close()
-
-
-def test_an_engine_that_died_is_503_and_ends_the_server_with_its_reason(tmp_path):
-    program = """
-import sys
+PROGRAM = """
+import sys, time
 import live
+from steerlm_nemo.engine.watch import Patience
 from steerlm_nemo.errors import exit_with_message
 from steerlm_nemo.serving.listener import open_listener, serve
 from hf_engine import HFEngine
 from pathlib import Path
 
-engine = HFEngine.load(Path(sys.argv[1]))
+folder, port, drain_s, kind = sys.argv[1:]
+engine = HFEngine.load(Path(folder))
+steps = []
 def step():
-    raise RuntimeError("no more")
-engine.step = step
-exit_with_message(lambda: serve(live.app(engine), open_listener(int(sys.argv[2])), "it", 30))
+    steps.append(1)
+    if kind == "dies" and len(steps) == 20:
+        raise RuntimeError("no more")
+    time.sleep(600 if kind == "hangs" and len(steps) == 20 else 0.05)
+    return original()
+original, engine.step = engine.step, step
+app = live.app(engine, patience=Patience(1, 1.5))
+exit_with_message(lambda: serve(app, open_listener(int(port)), "it", float(drain_s)))
 """
-    with open_listener(0) as free:
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(Path(live.__file__).parent)}
-    command = [sys.executable, "-c", program, live.model_folder("VALUE_TO_TEXT"), str(port)]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def answers():
+
+class Ending:
+    """A server in a process of its own that ends in some way while all sorts of requests are under way."""
+
+    def __init__(self, kind, drain_s):
+        with open_listener(0) as free:
+            self.port = free.getsockname()[1]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(live.__file__).parent), *sys.path])}
+        arguments = [str(live.model_folder("VALUE_TO_TEXT")), str(self.port), str(drain_s), kind]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(self._answers)
+
+    def _answers(self):
         try:
-            return get(port, "/ready").status_code == 200
+            return get(self.port, "/ready").status_code == 200
         except httpx.TransportError:
-            assert server.poll() is None
+            assert self.process.poll() is None, self.process.communicate()[1]
             return False
 
-    wait_until(answers)
-    answer = send(port)
-    assert answer.status_code == 503 and "the engine died: no more" in answer.json()["message"]
-    _, err = server.communicate(timeout=PATIENCE_S)
-    assert server.returncode == 2
-    assert err.splitlines()[-1] == "error: stopped serving it: the engine died: no more"
+    def answers(self, end):
+        """Of all sorts of requests, by name, `end` being called when they are under way; then what the server said."""
+        two = {**LONG, "n": 2, "stream": True}
+        body = {"sentences": ["a"], "tokens_to_generate": 200, "min_tokens_to_generate": 200, "end_strings": []}
+        with ThreadPoolExecutor(3) as pool:
+            asked = {
+                "generate": pool.submit(send, self.port, "/generate", body),
+                "completions": pool.submit(send, self.port, "/v1/completions", {**LONG, "n": 2}),
+                "stream": pool.submit(send, self.port, "/v1/completions", two),
+            }
+            uploading = leave(self.port, "/v1/completions", LONG, sent=0.5)
+            wait_until(lambda: numbers(self.port)["steerlm_rows_running",] == 5)
+            end(self.process)
+            with uploading:
+                upload = http.client.HTTPResponse(uploading)
+                upload.begin()
+                told = upload.read()
+            found = {name: answer.result() for name, answer in asked.items()}
+        found["upload"] = httpx.Response(upload.status, headers=upload.getheaders(), content=told)
+        _, self.said = self.process.communicate(timeout=PATIENCE_S)
+        return found
+
+
+def once(process):
+    process.send_signal(signal.SIGTERM)
+
+
+def twice(process):
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("kind", "end", "drain_s", "code", "reason"),
+    [
+        ("slow", once, 0.5, 0, "the server is ending and waited no longer than 0.5 s"),
+        ("slow", twice, 30, 128 + signal.SIGTERM, "the server was told twice to end"),
+        ("hangs", once, 30, 2, "the engine died: no forward pass has ended"),
+        ("dies", lambda process: None, 30, 2, "the engine died: no more"),
+    ],
+    ids=["drained too long", "told twice", "hung while it drained", "died"],
+)
+def test_whatever_ends_a_server_its_requests_are_answered(kind, end, drain_s, code, reason):
+    server = Ending(kind, drain_s)
+    try:
+        answers = server.answers(end)
+    finally:
+        server.process.kill()
+    assert server.process.returncode == code, server.said
+    stream = answers.pop("stream")
+    assert stream.status_code == 200
+    last = [line for line in stream.text.split("\n") if line][-1]
+    told = json.loads(last.removeprefix("data: "))["error"]
+    assert reason in told["message"] and told["type"] == "server_error"
+    for name, answer in answers.items():
+        assert answer.status_code == 503 and answer.headers["content-type"] == "application/json", name
+        assert answer.headers["retry-after"] and answer.headers["x-request-id"]
+        message = answer.json()["message"] if name == "generate" else answer.json()["error"]["message"]
+        assert reason in message, name
+    assert ("Traceback" in server.said) == (kind == "dies")  # the engine's own, which says where it died
+    assert "ASGI" not in server.said and "defect" not in server.said
+    if code == 2:
+        assert server.said.splitlines()[-1].startswith("error: stopped serving it: the engine died: ")
+
+
+def test_a_defect_is_answered_in_the_shape_of_the_route_and_the_log_has_its_place(engine, caplog):
+    class Defective:
+        counters, add, cancel, step = engine.counters, engine.add, engine.cancel, engine.step
+        info = replace(engine.info, context_length="x")  # whoever compares with it fails
+
+    with live.run_engine(Defective()) as port:
+        own, openais = send(port), send(port, "/v1/completions", LONG)
+    assert own.status_code == openais.status_code == 500
+    assert own.json() == {"message": "Internal Server Error"}
+    assert openais.json()["error"]["type"] == "server_error"
+    assert own.headers["x-request-id"]
+    assert "POST /generate: a defect of this server" in caplog.text and "TypeError" in caplog.text
+
+
+def test_a_stream_that_fails_midway_ends_in_an_error_event(engine, monkeypatch):
+    from steerlm_nemo.serving.routes import openai as route
+
+    def failing(*arguments):
+        raise ValueError("no such text")
+
+    monkeypatch.setattr(route._Row, "news", failing)
+    with live.run_engine(engine) as port:
+        answer = send(port, "/v1/completions", {**LONG, "stream": True})
+    assert answer.status_code == 200
+    last = [line for line in answer.text.split("\n") if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "Internal Server Error"

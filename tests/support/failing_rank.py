@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from steerlm_nemo.engine.megatron import EngineSettings, MegatronEngine
+from steerlm_nemo.engine.megatron import EngineSettings, MegatronEngine, RankLostError
 from steerlm_nemo.engine.protocol import Sample, complete
 from steerlm_nemo.models.loading import load_for_inference
+from steerlm_nemo.ranks import EXIT_RANK_FAILED
 
 
 def main() -> None:
@@ -30,6 +31,8 @@ def main() -> None:
     samples = [Sample((1, 300 + number), 20, greedy=True) for number in range(4)]
     try:
         complete(engine, samples)
+    except RankLostError:
+        os._exit(EXIT_RANK_FAILED)
     except RuntimeError as err:
         print(f"given up: {err}; then {len(complete(engine, samples))} rows completed")
     engine.close()

@@ -31,6 +31,7 @@ from starlette.routing import Route
 from steerlm_nemo.compat.http_server import JsonProtocol
 from steerlm_nemo.config import load_config
 from steerlm_nemo.engine.protocol import Engine
+from steerlm_nemo.engine.watch import patience_from
 from steerlm_nemo.model_kind import SteerLMFormat
 from steerlm_nemo.serving.app import build_app
 from steerlm_nemo.serving.front_door import HttpSettings, settings_from
@@ -82,7 +83,8 @@ def http(**changes: object) -> HttpSettings:
 
 def app(engine: Engine, **options: object) -> Starlette:
     """As the server builds it from its config, but for these options of `build_app`."""
-    defaults = {"http": http(), "max_batch_rows": server_config().engine.max_batch_rows}
+    config = server_config().engine
+    defaults = {"http": http(), "max_batch_rows": config.max_batch_rows, "patience": patience_from(config)}
     return build_app(engine, **{**defaults, **options})  # type: ignore[arg-type]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -10,13 +10,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import NotRequired, TypedDict
 
+from steerlm_nemo.serving.front_door import State
 from steerlm_nemo.serving.http import json_response
 from steerlm_nemo.serving.routes.operation import Server, what_it_is
 
 
 class Health(TypedDict):
-    status: Literal["ready", "draining", "failed"]
+    """`message` says why the server is not ready."""
+
+    status: State
     ready: bool
+    message: NotRequired[str]
     model: str
     tp_size: int | None
     dtype: str | None
@@ -53,22 +57,26 @@ class Format(TypedDict):
 
 
 async def health(server: Server, request: Request, body: None) -> Response:
-    report = server.info.report
+    report, state = server.info.report, server.door.state
     answer: Health = {
-        "status": server.door.state,
-        "ready": server.door.state == "ready",
+        "status": state,
+        "ready": state == "ready",
         "model": server.info.name,
         "tp_size": report.get("tp_size"),
         "dtype": report.get("dtype"),
         "context_length": server.info.context_length,
     }
-    return json_response(answer)
+    if state == "ready":
+        return json_response(answer)
+    answer["message"] = server.door.why_not_ready
+    # A server that is ending is well.
+    return json_response(answer) if state == "draining" else json_response(answer, 503, {"Retry-After": "5"})
 
 
 async def ready(server: Server, request: Request, body: None) -> Response:
     if server.door.state == "ready":
         return json_response({"ready": True})
-    return json_response({"ready": False, "message": f"the server is {server.door.state}"}, 503, {"Retry-After": "5"})
+    return json_response({"ready": False, "message": server.door.why_not_ready}, 503, {"Retry-After": "5"})
 
 
 async def metrics(server: Server, request: Request, body: None) -> Response:

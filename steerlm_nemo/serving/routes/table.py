@@ -96,9 +96,11 @@ TABLE = (
         ("GET",),
         "/health",
         "health",
-        "The process lives; what it serves",
+        "The process lives and gets on; what it serves",
         status.health,
         status.Health,
+        statuses=(503,),
+        not_ready=status.Health,
         needs_token=False,
     ),
     Operation(
