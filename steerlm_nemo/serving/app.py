@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -84,6 +85,16 @@ def build_app(
     app.router.redirect_slashes = False  # its redirects repeat the Host that the client names
     app.state.server, app.state.max_body_bytes = server, http.max_body_bytes
     app.add_middleware(door.around, routes=app.routes)
+    if http.cors_allow_origins:
+        # Around the door: what it refuses is for the page to read, too, and a preflight has no token. Any header, as
+        # clients have some of their own; no cookies, so that a page sends a token only if it has been given one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=http.cors_allow_origins,
+            allow_methods=("GET", "PUT", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
     return app
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -52,6 +52,7 @@ class HttpSettings:
     max_prompts: int
     max_waiting_requests: int
     drain_s: float
+    cors_allow_origins: tuple[str, ...]
 
     @property
     def max_body_bytes(self) -> int:
@@ -72,14 +73,36 @@ def settings_from(config: Any) -> HttpSettings:
         for key in ("max_body_mb", "max_prompts", "max_waiting_requests", "drain_s")
         if isinstance(config[key], bool) or not isinstance(config[key], (int, float)) or not config[key] > 0
     ]
+    token = _token(config.token_file)
+    origins = config.cors_allow_origins
+    if isinstance(origins, str) or not all(isinstance(origin, str) and _is_origin(origin) for origin in origins or ()):
+        problems.append(
+            f"http.cors_allow_origins is {origins}; it must be a list of what browsers send as Origin, which has no "
+            "path: [https://chat.example.org, http://localhost:3000]"
+        )
+    elif "*" in (origins or ()) and token is not None:
+        problems.append(
+            "http.cors_allow_origins has *, and the server a token, which no page but those you know should be given; "
+            "list their origins"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     return HttpSettings(
-        token=_token(config.token_file),
+        token=token,
         max_body_mb=float(config.max_body_mb),
         max_prompts=int(config.max_prompts),
         max_waiting_requests=int(config.max_waiting_requests),
         drain_s=float(config.drain_s),
+        cors_allow_origins=tuple(origins or ()),
+    )
+
+
+def _is_origin(text: str) -> bool:
+    """As browsers write them: in small letters, without a path, a user or the scheme's own port."""
+    parts = urlsplit(text)
+    is_bare = text == f"{parts.scheme}://{parts.netloc}".lower() and parts.netloc != "" and "@" not in text
+    return text == "*" or (
+        is_bare and not parts.netloc.endswith({"http": ":80", "https": ":443"}.get(parts.scheme, "@"))
     )
 
 

@@ -349,6 +349,81 @@ def test_a_client_that_leaves_while_it_waits_gives_its_place_back_during_a_long_
         assert first.result().status_code == 200
 
 
+# ---- pages of other origins ---------------------------------------------------------------------------------------
+
+PAGE = "https://chat.example.org"
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+}
+
+
+def preflight(port, path, origin):
+    headers = {"Origin": origin, **PREFLIGHT}
+    return httpx.options(f"http://127.0.0.1:{port}{path}", headers=headers, trust_env=False)
+
+
+def test_pages_of_other_origins_are_shut_out_by_default(engine):
+    with live.run_engine(engine) as port:
+        for answer in (preflight(port, "/generate", PAGE), send(port, headers={"Origin": PAGE})):
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+        assert preflight(port, "/generate", PAGE).status_code == 405
+
+
+def test_pages_of_listed_origins_may_ask_and_read_errors_and_streams_too(engine):
+    listed = live.http(token="sesame", cors_allow_origins=(PAGE, "http://localhost:3000"))
+    with live.run_engine(engine, http=listed) as port:
+        for origin in listed.cors_allow_origins:
+            allowed = preflight(port, "/v1/chat/completions", origin)  # without the token: browsers send none here
+            assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == origin
+            assert {"GET", "PUT", "POST"} <= set(allowed.headers["access-control-allow-methods"].split(", "))
+            assert allowed.headers["access-control-allow-headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+            assert "Origin" in allowed.headers["vary"]
+            assert "access-control-allow-credentials" not in allowed.headers
+        token = {"Authorization": "Bearer sesame"}
+        for answer in (
+            send(port, headers={"Origin": PAGE, **token}),
+            send(port, headers={"Origin": PAGE}),  # 401
+            send(port, body={}, headers={"Origin": PAGE, **token}),  # 400
+            send(port, "/nowhere", headers={"Origin": PAGE, **token}),  # 404
+            send(port, "/v1/completions", {**LONG, "max_tokens": 4, "stream": True}, headers={"Origin": PAGE, **token}),
+        ):
+            assert answer.headers["access-control-allow-origin"] == PAGE and answer.headers["vary"] == "Origin"
+            assert "access-control-allow-credentials" not in answer.headers
+            assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+        for other in ("https://chat.example.org.evil.example", "http://chat.example.org", "null"):
+            assert preflight(port, "/generate", other).status_code == 400
+            assert "access-control-allow-origin" not in send(port, headers={"Origin": other, **token}).headers
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        *(
+            "https://chat.example.org",
+            ["chat.example.org"],
+            ["https://chat.example.org/"],
+            ["https://Chat.example.org"],
+        ),
+        *(["https://me@chat.example.org"], ["https://chat.example.org:443"], ["null"], [""], [3000]),
+    ],
+    ids=str,
+)
+def test_origins_that_no_browser_sends_are_refused(origins, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match="it must be a list of what browsers send as Origin"):
+        settings_from(OmegaConf.merge(live.server_config().http, {"cors_allow_origins": origins}))
+
+
+def test_any_origin_and_a_token_do_not_go_together(monkeypatch):
+    section = OmegaConf.merge(live.server_config().http, {"cors_allow_origins": ["*"]})
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    assert settings_from(section).cors_allow_origins == ("*",)
+    monkeypatch.setenv(TOKEN_VARIABLE, "sesame")
+    with pytest.raises(ConfigError, match="and the server a token"):
+        settings_from(section)
+
+
 # ---- the end ------------------------------------------------------------------------------------------------------
 
 
@@ -505,12 +580,14 @@ def test_a_defect_is_answered_in_the_shape_of_the_route_and_the_log_has_its_plac
         counters, add, cancel, step = engine.counters, engine.add, engine.cancel, engine.step
         info = replace(engine.info, context_length="x")  # whoever compares with it fails
 
-    with live.run_engine(Defective()) as port:
-        own, openais = send(port), send(port, "/v1/completions", LONG)
+    allowed = live.http(cors_allow_origins=(PAGE,))
+    with live.run_engine(Defective(), http=allowed) as port:
+        own = send(port, headers={"Origin": PAGE})
+        openais = send(port, "/v1/completions", LONG, headers={"Origin": PAGE})
     assert own.status_code == openais.status_code == 500
     assert own.json() == {"message": "Internal Server Error"}
     assert openais.json()["error"]["type"] == "server_error"
-    assert own.headers["x-request-id"]
+    assert own.headers["x-request-id"] and own.headers["access-control-allow-origin"] == PAGE
     assert "POST /generate: a defect of this server" in caplog.text and "TypeError" in caplog.text
 
 
