@@ -6,6 +6,7 @@
 Keys are NeMo's; nemo_configs/megatron_gpt_inference.yaml lists them. trainer.devices=2 tensor_model_parallel_size=2
 starts its two ranks by itself; torchrun and srun work too. Binds 127.0.0.1 unless host= says otherwise; with the
 environment variable STEERLM_TOKEN, clients need that bearer token. docs/serving.md has all endpoints.
+  --served_model_name NAME   what clients call the model; the same as served_model_name=NAME
   server=False prompts='["Once upon a time"]'   continue prompts, print, stop
   --help   this text        --cfg   print the resolved config and stop
 """
@@ -29,7 +30,8 @@ def main() -> None:
     from steerlm_nemo.config import load_config, printable
     from steerlm_nemo.serving import process
 
-    cfg = load_config([arg for arg in argv if arg != "--cfg"], default_name="megatron_gpt_inference")
+    overrides = process.overrides_from([arg for arg in argv if arg != "--cfg"])
+    cfg = load_config(overrides, default_name="megatron_gpt_inference")
     if OmegaConf.is_missing(cfg, "gpt_model_file"):
         raise ConfigError("gpt_model_file is not set; give the .nemo to serve: gpt_model_file=model.nemo")
     process.resolve(cfg)

@@ -26,7 +26,7 @@ logger = logging.getLogger("steerlm_nemo.serving")
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it tells the log why the row count is missing
 NATIVE_PATHS = ("/v1/template", "/v1/attributes", "/v1/attribute_lines", "/v1/annotate")  # the rest of /v1/ is OpenAI's
 # The words OpenAI's clients know; their exception types follow from the status alone.
-_OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_OPENAI_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Error(TypedDict):

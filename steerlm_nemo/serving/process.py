@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig
@@ -18,6 +19,36 @@ from steerlm_nemo.models.loading import check_parallelism
 from steerlm_nemo.ranks import EXIT_RANK_FAILED
 
 _REASON_FIRST_S = 1.0  # rank 0 ends after a rank that it lost, so that the launcher shows that one's reason
+
+
+def overrides_from(arguments: Sequence[str]) -> list[str]:
+    """The command line as overrides: `--served_model_name NAME`, a flag of other servers, is `served_model_name=NAME`.
+
+    The name is the text that was typed: 2024_01 is no number, and after the flag null is no null.
+
+    Raises:
+        ConfigError: there is no name.
+    """
+    overrides = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        key, equals, name = argument.partition("=")
+        if key in ("--served_model_name", "--served-model-name"):
+            name = _quoted(name if equals else next(remaining, ""))
+        elif key != "served_model_name":
+            overrides.append(argument)
+            continue
+        elif name != "null" and name[:1] not in ("'", '"'):
+            name = _quoted(name)
+        if name in ("", "''", '""'):
+            raise ConfigError(f"{key} needs a name: {key}=NAME")
+        overrides.append(f"served_model_name={name}")
+    return overrides
+
+
+def _quoted(text: str) -> str:
+    """As a text in Hydra's grammar, where backslashes escape only before a quotation mark."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text) + "'"
 
 
 def resolve(cfg: DictConfig) -> Mapping[str, Any]:

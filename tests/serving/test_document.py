@@ -148,7 +148,7 @@ def test_a_route_that_a_model_cannot_answer_is_404_and_says_who_has_it(kind):
             assert answer.status_code == 404
             body = answer.json()
             if path in TEXT_ROUTES | CHAT_ROUTES and path != "/generate":  # where OpenAI's clients call
-                assert body["error"]["type"] == "not_found_error" and body["error"]["code"] == "not_of_this_kind"
+                assert body["error"]["type"] == "invalid_request_error" and body["error"]["code"] == "not_of_this_kind"
                 body = body["error"]
             able = [other for other, routes in ROUTES_OF.items() if other and path in routes]
             assert body["message"].startswith(f"{path} needs ") and body["message"].endswith(f" is {title}")
