@@ -11,7 +11,7 @@ from steerlm_nemo.engine.watch import Patience
 from steerlm_nemo.engine.worker import EngineDiedError, EngineWorker
 from steerlm_nemo.errors import InputError
 
-PATIENCE = Patience(stall_s=60, give_up_s=180)
+PATIENCE = Patience(stall_s=120, give_up_s=300)
 
 
 @pytest.fixture
