@@ -116,8 +116,8 @@ def test_a_killed_rank_ends_the_server_with_its_number(nemo, busy, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_hangs_makes_the_server_unready_and_then_ends_it_with_answers_for_all(nemo, tmp_path):
     log = tmp_path / "log"
-    bounds = ("engine.stall_s=1", "engine.give_up_s=6")
-    with served(nemo, log, *bounds) as (server, port, ranks), ThreadPoolExecutor(4) as pool:
+    settings = ("engine.stall_s=1", "engine.give_up_s=6", "--served_model_name=org/tiny")
+    with served(nemo, log, *settings) as (server, port, ranks), ThreadPoolExecutor(4) as pool:
 
         def status(path):
             return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE_S, trust_env=False).status_code
@@ -137,7 +137,7 @@ def test_a_rank_that_hangs_makes_the_server_unready_and_then_ends_it_with_answer
         assert all(map(is_gone, ranks))
     said = log.read_text()
     assert f"rank 1, process {ranks[1]}, had been stopped" in said
-    assert "error: stopped serving tiny: the engine died: no forward pass has ended for" in said
+    assert "error: stopped serving org/tiny: the engine died: no forward pass has ended for" in said
     assert "Traceback" not in said, said
 
 

@@ -341,6 +341,9 @@ def test_a_client_that_leaves_while_it_waits_gives_its_place_back_during_a_long_
         waiting = leave(port, "/v1/completions", {**LONG, "stream": stream})
         wait_until(lambda: numbers(port)["steerlm_num_requests_waiting",] == 1)
         assert send(port).status_code == 429
+        refused = send(port, "/v1/completions", {**LONG, "stream": stream})
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "1 requests are waiting already" in refused.json()["error"]["message"]
         waiting.close()
         seconds = wait_until(lambda: numbers(port)["steerlm_num_requests_waiting",] == 0)
         print(f"place free {seconds:.3f} s after the client left")
