@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from steerlm_nemo.checkpoint.pickles import Slice, load_torch_file
+from steerlm_nemo.checkpoint.recognise import by_content, what_it_is
 from steerlm_nemo.checkpoint.safety import (
     CONFIG_NAME,
     ZARR_ARRAY,
@@ -129,7 +130,12 @@ def open_nemo(path: str | Path) -> Iterator[NemoFile]:
     path = Path(path)
     with contextlib.ExitStack() as stack:
         if path.is_dir():
-            yield _open_folder(path)
+            try:
+                _require_unpacked(path)
+                opened = _open_folder(path)
+            except OSError as err:
+                raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}") from err
+            yield opened
             return
         try:
             # One handle for check and use: nobody can swap the file in between. Unbuffered, because each member that
@@ -225,14 +231,21 @@ def _open_in(nemo: NemoFile, folder: str, name: str) -> IO[bytes]:
 
 def _read_config(nemo: NemoFile) -> dict[str, Any]:
     if CONFIG_NAME not in nemo.members:
-        if "config.json" in nemo.members:
-            raise CheckpointError(
-                f"{nemo.path}: a Hugging Face folder; scripts/convert_hf_llama_to_nemo.py makes a .nemo of it"
-            )
-        raise CheckpointError(
-            f"{nemo.path}: has no {CONFIG_NAME}, so it is not a .nemo. Members: {', '.join(sorted(nemo.members)[:8])}"
-        )
+        inside = f"Members: {', '.join(sorted(nemo.members)[:8])}"
+        raise CheckpointError(f"{nemo.path}: has no {CONFIG_NAME}, so it is not a .nemo. {inside}")
     return parse_config(nemo.read(CONFIG_NAME), f"{nemo.path}:{CONFIG_NAME}")
+
+
+def _require_unpacked(folder: Path) -> None:
+    """Name a folder that is a model of another form, before its members are looked at."""
+    if (folder / CONFIG_NAME).exists():
+        return
+    if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder}: a Hugging Face folder; scripts/convert_hf_llama_to_nemo.py makes a .nemo of it"
+        )
+    if (found := what_it_is(folder)) is not None:
+        raise CheckpointError(f"{folder}: has no {CONFIG_NAME}, so it is not a .nemo: {found}")
 
 
 def _open_folder(folder: Path) -> NemoFile:
@@ -302,7 +315,10 @@ def _list_tar(path: Path, file: IO[bytes], limit: int, compressed: bool = False)
                 if len(infos) > MAX_MEMBERS:
                     raise CheckpointError(f"{path}: more than {MAX_MEMBERS} members. Refused.")
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as err:
-        raise CheckpointError(f"{path}: not a .nemo archive, or damaged ({err}). Expected a tar.") from err
+        found = by_content(path)
+        raise CheckpointError(
+            f"{path}: {found or f'not a .nemo archive, or damaged ({err}). Expected a tar.'}"
+        ) from err
     if not infos:
         raise CheckpointError(f"{path}: an empty archive. Expected {CONFIG_NAME} and weights.")
     return infos

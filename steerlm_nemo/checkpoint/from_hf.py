@@ -19,17 +19,26 @@ from typing import Any
 import yaml
 
 from steerlm_nemo.checkpoint.archive import WEIGHTS_DIR, NemoWriter
+from steerlm_nemo.checkpoint.beside import json_if_there
+from steerlm_nemo.checkpoint.hf_weights import find_tensors
 from steerlm_nemo.checkpoint.llama_config import (
     HFConfig,
     nemo_config,
     read_hf_config,
-    read_json_object,
     vocabulary_padding,
 )
-from steerlm_nemo.checkpoint.mapping import EMBEDDING, EXTRA_STATE, EXTRA_STATE_STACKED, OUTPUT, Layout, Rule, rules_for
+from steerlm_nemo.checkpoint.mapping import (
+    EMBEDDING,
+    EXTRA_STATE,
+    OUTPUT,
+    Layout,
+    Rule,
+    extra_state_of_layers,
+    rules_for,
+)
 from steerlm_nemo.checkpoint.safetensors_io import INDEX as INDEX_OF_SHARDS
-from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, SINGLE, TensorPlace, find_tensors
-from steerlm_nemo.checkpoint.safety import CONFIG_NAME
+from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE, SINGLE, TensorPlace
+from steerlm_nemo.checkpoint.safety import CONFIG_NAME, parse_config
 from steerlm_nemo.checkpoint.streaming import PIECE_BYTES, in_pieces, read_ahead
 from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, find_tokenizer
 from steerlm_nemo.checkpoint.torch_dist import DATA_FILE, INDEX, TorchDistWriter, common_and_backend
@@ -54,7 +63,7 @@ class Conversion:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        return rules_for(tied=self.config.tied)
+        return rules_for(self.config.traits)
 
     @property
     def dtype(self) -> str:
@@ -83,7 +92,7 @@ def plan_conversion(folder: Path, precision: str | None) -> Conversion:
     config = read_hf_config(folder)
     tensors = find_tensors(folder, _IGNORED_SUFFIX)
     tokenizer = find_tokenizer(folder)
-    padded, divisor = vocabulary_padding(config.raw["vocab_size"], tokenizer.size, tokenizer.num_rows)
+    padded, divisor = vocabulary_padding(config.raw["vocab_size"], tokenizer.size, tokenizer.num_rows, config.tp_sizes)
     layout = config.layout(padded)
     _check_tensors(config, tensors, layout, folder)
     if precision is None:
@@ -91,15 +100,18 @@ def plan_conversion(folder: Path, precision: str | None) -> Conversion:
         if len(dtypes) > 1:
             raise InputError(f"{folder}: has tensors of {', '.join(sorted(dtypes))}; choose one with --precision")
         precision = next(name for name, dtype in DTYPES.items() if dtype in dtypes)
-    generation_path = folder / "generation_config.json"
-    generation = read_json_object(generation_path) if generation_path.is_file() else {}
+    generation = json_if_there(folder / "generation_config.json") or {}
     return Conversion(config, tensors, tokenizer, layout, divisor, precision, generation)
 
 
 def _check_tensors(config: HFConfig, tensors: dict[str, TensorPlace], layout: Layout, folder: Path) -> None:
+    if layout.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{folder}: num_hidden_layers is {layout.num_layers} in config.json, but there are {len(tensors)} tensors"
+        )
     expected = {
         name: layout.hf_shape(axes)
-        for rule in rules_for(tied=config.tied)
+        for rule in rules_for(config.traits)
         for layer in (range(layout.num_layers) if rule.is_stacked else (None,))
         for name, axes in zip(rule.hf_names(layer), rule.hf_axes, strict=True)
     }
@@ -148,7 +160,7 @@ def convert(
     started = time.monotonic()
     _require_space(out, conversion.num_bytes)
     layout, tensors = conversion.layout, conversion.tensors
-    for note in (*_passed_over(conversion.tensors), *conversion.tokenizer.notes):
+    for note in (*conversion.config.notes, *_passed_over(conversion.tensors), *conversion.tokenizer.notes):
         report(f"NOTE: {note}")
     report(
         f"{conversion.config.raw['architectures'][0]}, {len(tensors)} tensors, {layout.num_layers} layers; writing "
@@ -157,6 +169,9 @@ def convert(
     model_config = nemo_config(
         conversion.config, layout, conversion.divisor, conversion.precision, conversion.tokenizer, conversion.generation
     )
+    config_data = yaml.safe_dump(model_config, sort_keys=False).encode()
+    # config.json and generation_config.json are in it: what they say must not make a file that nothing opens.
+    parse_config(config_data, f"{conversion.config.where}: as {CONFIG_NAME}")
     seconds = 0.0
 
     def approve_timed(path: Path) -> None:
@@ -166,18 +181,21 @@ def convert(
             approve(path)
 
     with NemoWriter(out, approve_timed) as archive:
-        archive.add(CONFIG_NAME, yaml.safe_dump(model_config, sort_keys=False).encode())
+        archive.add(CONFIG_NAME, config_data)
         for name, data in sorted(conversion.tokenizer.files.items()):
             archive.add(name, data)
         with archive.member(f"{WEIGHTS_DIR}/{DATA_FILE}") as stream:
             writer = TorchDistWriter(stream)
             _write_tensors(conversion, writer, report)
-            _write_extra_state(writer, layout.num_layers)
+            _write_extra_state(writer, conversion)
         common, backend = common_and_backend()
         archive.add(f"{WEIGHTS_DIR}/{INDEX}", writer.index())
         archive.add(f"{WEIGHTS_DIR}/common.pt", common)
         archive.add(f"{WEIGHTS_DIR}/metadata.json", backend)
-    report(f"wrote {out}: {gigabytes(out.stat().st_size)} in {seconds:.1f} s; vocabulary {vocabulary_text(layout)}")
+    report(
+        f"wrote {out}: {gigabytes(out.stat().st_size)} in {seconds:.1f} s; vocabulary "
+        f"{vocabulary_text(layout, conversion.config.tp_sizes)}"
+    )
 
 
 def _passed_over(tensors: dict[str, TensorPlace]) -> list[str]:
@@ -260,8 +278,9 @@ def _cast(source: _Source, data: memoryview, dtype: str) -> memoryview:
     return memoryview(result.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _write_extra_state(writer: TorchDistWriter, num_layers: int) -> None:
-    for key in EXTRA_STATE_STACKED:
+def _write_extra_state(writer: TorchDistWriter, conversion: Conversion) -> None:
+    num_layers = conversion.layout.num_layers
+    for key in extra_state_of_layers(conversion.config.traits):
         for layer in range(num_layers):
             writer.add_object(f"{key}/shard_{layer}_{num_layers}", None)
     for key in EXTRA_STATE:
@@ -281,5 +300,6 @@ def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
-def vocabulary_text(layout: Layout) -> str:
-    return f"{layout.vocab_size} padded to {layout.padded_vocab_size} (the same at TP 1, 2, 4 and 8)"
+def vocabulary_text(layout: Layout, tp_sizes: tuple[int, ...]) -> str:
+    sizes = ", ".join(map(str, tp_sizes[:-1])) + f" and {tp_sizes[-1]}"
+    return f"{layout.vocab_size} padded to {layout.padded_vocab_size} (the same at TP {sizes})"

@@ -1,47 +1,30 @@
-"""`config.json` of a Hugging Face Llama <-> `model_config.yaml` of a NeMo GPT model.
+"""`config.json` of a Hugging Face Llama, or of a class like it, <-> `model_config.yaml` of a NeMo GPT model.
 
 Everything a converted model depends on is read from the config, never from a flag: rope scaling, tied embeddings,
-head size. What Megatron's Llama cannot express is refused with its name.
+head size, biases, window. What Megatron's GPT cannot express is refused with its name.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerlm_nemo.checkpoint.mapping import Layout
-from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles, json_of
-from steerlm_nemo.errors import CheckpointError, InputError
+from steerlm_nemo.checkpoint.architectures import (
+    LLAMA,
+    Architecture,
+    Unsupported,
+    architecture_of,
+    architecture_with,
+)
+from steerlm_nemo.checkpoint.beside import json_if_there
+from steerlm_nemo.checkpoint.mapping import Layout, Traits
+from steerlm_nemo.checkpoint.recognise import what_it_is
+from steerlm_nemo.checkpoint.tokenizer_files import TokenizerFiles
+from steerlm_nemo.errors import CheckpointError, InputError, shown
+from steerlm_nemo.records import unreadable
 
-# What an absent key means: the defaults of transformers' class.
-_LLAMA_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
-_DEFAULTS = {
-    "LlamaForCausalLM": _LLAMA_DEFAULTS,
-    "MistralForCausalLM": _LLAMA_DEFAULTS
-    | {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-}
-ARCHITECTURES = tuple(_DEFAULTS)
 NEMO_CLASS = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 NEMO_VERSION = "2.3.2"
 SOURCE_KEY = "hf_checkpoint"  # in model_config.yaml: what the checkpoint was converted from
@@ -60,6 +43,7 @@ _LLAMA3_KEYS = {  # Hugging Face name -> NeMo name
     "original_max_position_embeddings": "old_context_len",
 }
 _NEWER_KEYS = ("rope_parameters", "dtype")  # of transformers 5: rope_theta and rope_scaling, torch_dtype
+_NOT_EXPORTED = (*_NEWER_KEYS, "auto_map")  # the code that auto_map names is not carried
 
 
 @dataclass(frozen=True)
@@ -68,10 +52,61 @@ class HFConfig:
 
     raw: dict[str, Any]
     where: str
+    architecture: Architecture = LLAMA
+    silent: frozenset[str] = frozenset()  # keys of `raw` that are not in the file
 
     @property
-    def tied(self) -> bool:
-        return bool(self.raw.get("tie_word_embeddings", False))
+    def traits(self) -> Traits:
+        row, raw = self.architecture, self.raw
+        attention_bias, mlp_bias = (
+            key in row.bias_keys and bool(raw.get(key)) for key in ("attention_bias", "mlp_bias")
+        )
+        if attention_bias != mlp_bias:
+            one, other = ("attention_bias", "mlp_bias") if attention_bias else ("mlp_bias", "attention_bias")
+            raise Unsupported(
+                f"{one} is true and {other} is not; in NeMo either all linear layers have a bias, or those of query, "
+                "key and value (Qwen2ForCausalLM), or none"
+            )
+        return Traits(
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=row.qkv_bias or attention_bias,
+            linear_bias=attention_bias,
+            qk_norm=row.qk_norm,
+            fused=row.fused,
+        )
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens each token attends to, itself included; None: all before it.
+
+        Raises:
+            Unsupported: the layers differ, or the class has no window and the config names one.
+        """
+        layers = self.raw.get("layer_types") or ["full_attention"]
+        kinds = set(layers) if isinstance(layers, list) and all(isinstance(kind, str) for kind in layers) else set()
+        if len(kinds) != 1 or not kinds <= {"full_attention", "sliding_attention"}:
+            raise Unsupported(f"layer_types is {shown(layers)}; in NeMo's GPT all layers are of one type")
+        window = self.architecture.window.read(self.raw)
+        if window is not None and (type(window) is not int or window < 1):
+            raise Unsupported(f"sliding_window is {shown(window)}, not a positive whole number")
+        if self.raw.get("layer_types") and (window is not None) != (kinds == {"sliding_attention"}):
+            raise Unsupported(f"layer_types is {shown(layers)}, but the other keys say that the window is {window}")
+        return window
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the config was read."""
+        row, named = self.architecture, self.raw["architectures"][0]
+        notes = [f"{named} is converted as the {row.name} that it is, and exported as one"] if named != row.name else []
+        if self.raw.get("auto_map"):
+            notes.append(f"the code that auto_map names is not run: the model is {row.name} as transformers has it")
+        if self.window is not None:
+            source = f"the default of {row.name}, config.json being silent" if "sliding_window" in self.silent else ""
+            notes.append(
+                f"sliding_window is {self.window}{source and f' ({source})'}: each token attends to that many tokens, "
+                "itself included, in training and when served"
+            )
+        return tuple(notes)
 
     @property
     def num_query_groups(self) -> int:
@@ -100,6 +135,11 @@ class HFConfig:
             "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
         }
 
+    @property
+    def tp_sizes(self) -> tuple[int, ...]:
+        """Tensor-parallel sizes for which its vocabulary is padded."""
+        return tp_sizes(self.raw["num_attention_heads"], self.num_query_groups, self.raw["intermediate_size"])
+
     def layout(self, padded_vocab_size: int) -> Layout:
         return Layout(
             self.raw["num_hidden_layers"],
@@ -113,14 +153,6 @@ class HFConfig:
         )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises InputError: the file cannot be read, or is not a JSON object."""
-    try:
-        return json_of(path, path.read_bytes())
-    except OSError as err:
-        raise InputError(f"{path}: cannot be read: {err.strerror}") from err
-
-
 def read_hf_config(folder: Path) -> HFConfig:
     """Read and check `config.json`.
 
@@ -129,20 +161,26 @@ def read_hf_config(folder: Path) -> HFConfig:
         CheckpointError: listing everything about the model that cannot be converted.
     """
     path = folder / "config.json"
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as err:
+        raise unreadable(folder, err) from err
+    if not is_folder:
         raise InputError(
-            f"{folder}: not a folder. Give the folder of a Hugging Face checkpoint (config.json, *.safetensors)."
+            f"{folder}: not a folder ({what_it_is(folder) or 'a file'}). Give the folder of a Hugging Face checkpoint "
+            "(config.json, *.safetensors)."
         )
-    if not path.is_file():
-        raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face checkpoint")
-    raw = read_json_object(path)
-    architectures = raw.get("architectures")
-    if architectures not in [[name] for name in ARCHITECTURES]:
-        raise CheckpointError(
-            f"{path}: this model cannot be converted:\n  architectures is {architectures}; only "
-            f"{' and '.join(ARCHITECTURES)} are known"
+    raw = json_if_there(path)
+    if raw is None:
+        found = what_it_is(folder)
+        raise InputError(
+            f"{folder}: has no config.json, so it is not a Hugging Face checkpoint{f': {found}' if found else ''}"
         )
-    config = HFConfig(_DEFAULTS[architectures[0]] | raw, str(path))
+    try:
+        row = architecture_of(raw)
+    except Unsupported as err:
+        raise CheckpointError(f"{path}: this model cannot be converted:\n  {err}") from err
+    config = HFConfig({**row.defaults, **raw}, str(path), row, frozenset(row.defaults.keys() - raw.keys()))
     if problems := list(_problems(config)):
         raise CheckpointError(f"{path}: this model cannot be converted:\n  " + "\n  ".join(problems))
     return config
@@ -160,13 +198,17 @@ def _problems(config: HFConfig) -> list[str]:
     if not isinstance(raw["tie_word_embeddings"], bool):
         problems.append(f"tie_word_embeddings is {raw['tie_word_embeddings']!r}, neither true nor false")
     for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            problems.append(f"{key} is true; NeMo's Llama has no biases")
-    if raw.get("sliding_window") is not None:
-        problems.append(
-            f"sliding_window is {raw['sliding_window']} (the default of Mistral where it is absent; null means none); "
-            "the converted model would attend to everything"
-        )
+        if not isinstance(raw.get(key) or False, bool):
+            problems.append(f"{key} is {shown(raw[key])}, neither true nor false")
+        elif raw.get(key) and key not in config.architecture.bias_keys:
+            problems.append(
+                f"{key} is true, but {config.architecture.name} does not read it; take it out of config.json"
+            )
+    for read in (lambda: config.traits, lambda: config.window):
+        try:
+            read()
+        except Unsupported as err:
+            problems.append(str(err))
     if raw["hidden_act"] != "silu":
         problems.append(f"hidden_act is {raw['hidden_act']!r}; only 'silu' is known")
     if raw.get("quantization_config"):
@@ -200,11 +242,17 @@ def _problems(config: HFConfig) -> list[str]:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
-def vocabulary_padding(num_rows: int, tokenizer_size: int, rows_needed: int) -> tuple[int, int]:
-    """(padded size, make_vocab_size_divisible_by) such that NeMo computes that size at every TP in `TP_SIZES`.
+def tp_sizes(num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int) -> tuple[int, ...]:
+    """Powers of two, as machines have devices; odd numbers where none but those divide what ranks share (9 heads)."""
+    shared = math.gcd(num_attention_heads, num_query_groups, ffn_hidden_size)
+    return TP_SIZES if shared % 2 == 0 or shared == 1 else tuple(n for n in range(1, 10, 2) if shared % n == 0)
+
+
+def vocabulary_padding(num_rows: int, tokenizer_size: int, rows_needed: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """(padded size, make_vocab_size_divisible_by) such that NeMo computes that size at each of the TP `sizes`.
 
     NeMo rounds the *tokenizer's* size up to a multiple of `make_vocab_size_divisible_by * tp`, so a usual choice
     gives another size at each TP, and a checkpoint loads at one only. With `padded / 8` as the divisor all of
@@ -220,13 +268,12 @@ def vocabulary_padding(num_rows: int, tokenizer_size: int, rows_needed: int) -> 
             f"{num_rows} rows (vocab_size): text with the last tokens could not be embedded. "
             "Use the tokenizer that belongs to the model."
         )
-    largest = max(TP_SIZES)
-    multiple = 128  # a multiple of 64 keeps GPU matrix products on their fast path; tiny vocabularies cannot afford it
-    while multiple >= largest:
+    shares = math.lcm(*sizes)
+    for doublings in range(7, -1, -1):  # multiples of 64 keep GPU matrix products on their fast path; tiny ones cannot
+        multiple = math.lcm(shares, 2**doublings)
         padded = -(-num_rows // multiple) * multiple
-        if padded - tokenizer_size < padded // largest:
-            return padded, padded // largest
-        multiple //= 2
+        if padded - tokenizer_size < padded // shares:
+            return padded, padded // shares
     raise CheckpointError(
         f"the embedding has {num_rows} rows (vocab_size) but the tokenizer only {tokenizer_size} tokens; NeMo derives "
         "the rows from the tokenizer and cannot reach that many. Put the model's whole tokenizer there, with its added "
@@ -277,7 +324,7 @@ def nemo_config(
         "pre_process": True,
         "post_process": True,
         "persist_layer_norm": True,
-        "bias": False,
+        "bias": config.traits.linear_bias,
         "activation": "fast-swiglu",
         "headscale": False,
         "transformer_block_type": "pre_ln",
@@ -287,7 +334,7 @@ def nemo_config(
         "rotary_percentage": 1.0,
         "rotary_base": rope["rope_theta"],
         "attention_type": "multihead",
-        "share_embeddings_and_output_weights": config.tied,
+        "share_embeddings_and_output_weights": config.traits.tied,
         "tokenizer": tokenizer.nemo_config(),
         "native_amp_init_scale": 4294967296,
         "native_amp_growth_interval": 1000,
@@ -323,6 +370,13 @@ def nemo_config(
         "nemo_version": NEMO_VERSION,
         SOURCE_KEY: {"config": raw, "generation_config": generation},
     }
+    if config.traits.qkv_bias and not config.traits.linear_bias:
+        model["qkv_bias"] = True
+    if config.traits.qk_norm:
+        # NeMo's other layer specifications pass over `qk_layernorm`.
+        model |= {"qk_layernorm": True, "name": "decoder_block_gpt"}
+    if config.window is not None:
+        model["window_size"] = [config.window - 1, 0]  # tokens before and after the one that attends
     if rope["rope_type"] == "linear":
         model["seq_len_interpolation_factor"] = rope["factor"]
     elif rope["rope_type"] == "llama3":
@@ -338,22 +392,27 @@ def layout_of(config: dict[str, Any], padded_vocab_size: int, tokenizer_size: in
         CheckpointError: listing everything that is not a Llama.
     """
     expected = {
-        "mcore_gpt": True,
-        "normalization": "rmsnorm",
-        "position_embedding_type": "rope",
-        "rotary_percentage": 1.0,
-        "bias": False,
+        "mcore_gpt": (True,),
+        "normalization": ("rmsnorm",),
+        "position_embedding_type": ("rope",),
+        "rotary_percentage": (1.0,),
         "activation": ("fast-swiglu", "swiglu"),
     }
     problems = [
-        f"{key} is {config.get(key)!r}, a Llama has {want!r}"
-        for key, want in expected.items()
-        if config.get(key) not in (want if isinstance(want, tuple) else (want,))
+        f"{key} is {config.get(key)!r}, a Llama has {' or '.join(map(repr, accepted))}"
+        for key, accepted in expected.items()
+        if config.get(key) not in accepted
     ]
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
     problems += [f"{key} is {config.get(key)!r}" for key in sizes if not isinstance(config.get(key), int)]
     if not isinstance(config.get("layernorm_epsilon"), float):
         problems.append(f"layernorm_epsilon is {config.get('layernorm_epsilon')!r}")
+    window = config.get("window_size")
+    if window is not None and not (isinstance(window, list) and len(window) == 2 and window[1] == 0):
+        problems.append(f"window_size is {window!r}; [tokens before, 0] can be exported")
+    target = str(config.get("target", ""))
+    if problems and target and not target.endswith(("GPTModel", "GPTSFTModel")):
+        problems.insert(0, f"target is {target!r}: a model of another kind; only GPT models have a Llama in them")
     if problems:
         raise CheckpointError(f"{where}: this model is not a Llama:\n  " + "\n  ".join(problems))
     heads = config["num_attention_heads"]
@@ -370,11 +429,41 @@ def layout_of(config: dict[str, Any], padded_vocab_size: int, tokenizer_size: in
     )
 
 
-def hf_config(
-    config: dict[str, Any], layout: Layout, dtype: str, tied: bool, bos_id: int, eos_id: int
-) -> dict[str, Any]:
-    """`config.json` of an exported model. Fields that NeMo has no word for come from the source, where it is known."""
+def traits_of(config: dict[str, Any]) -> Traits:
+    """Which tensors a NeMo model has; where keys are absent NeMo's defaults hold."""
+    all_biases = bool(config.get("bias", True))
+    source = _row_of_source(config)
+    return Traits(
+        tied=bool(config.get("share_embeddings_and_output_weights", True)),
+        qkv_bias=all_biases or bool(config.get("qkv_bias", False)),
+        linear_bias=all_biases,
+        qk_norm=bool(config.get("qk_layernorm", False)),
+        fused=source is not None and source.fused,
+    )
+
+
+def _row_of_source(config: dict[str, Any]) -> Architecture | None:
+    """The class that the model was converted from, where that is known."""
     source = (config.get(SOURCE_KEY) or {}).get("config") or {}
+    try:
+        return architecture_of(source) if source else None
+    except Unsupported as err:
+        raise CheckpointError(f"{SOURCE_KEY} of model_config.yaml: {err}") from err
+
+
+def hf_config(
+    config: dict[str, Any], layout: Layout, traits: Traits, dtype: str, bos_id: int, eos_id: int, where: str
+) -> dict[str, Any]:
+    """`config.json` of an exported model. Fields that NeMo has no word for come from the source, where it is known.
+
+    Raises:
+        CheckpointError: the class that it would have cannot say what the model has.
+    """
+    source = (config.get(SOURCE_KEY) or {}).get("config") or {}
+    window = config["window_size"][0] + 1 if config.get("window_size") else None
+    row = _row_of_source(config) or architecture_with(
+        qkv_bias=traits.qkv_bias and not traits.linear_bias, qk_norm=traits.qk_norm, window=window
+    )
     rope: dict[str, Any] | None = None
     if config.get("seq_len_interpolation_factor"):
         factor = float(config["seq_len_interpolation_factor"])
@@ -382,18 +471,17 @@ def hf_config(
     elif config.get("scale_positional_embedding"):
         defaults = {"scale_factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
         rope = {"rope_type": "llama3"} | {key: config.get(nemo, defaults[nemo]) for key, nemo in _LLAMA3_KEYS.items()}
+    rope_theta = config.get("rotary_base", 10000.0)
     exported = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "hidden_act": "silu",
-        "pretraining_tp": 1,
         "use_cache": True,
-    } | {key: value for key, value in source.items() if key not in _NEWER_KEYS}
-    return exported | {
+    } | {key: value for key, value in source.items() if key not in _NOT_EXPORTED}
+    exported |= {
+        "architectures": [row.name],
+        "model_type": row.model_type,
         "hidden_size": layout.hidden_size,
         "intermediate_size": layout.ffn_hidden_size,
         "num_attention_heads": layout.num_attention_heads,
@@ -404,9 +492,28 @@ def hf_config(
         "max_position_embeddings": config["max_position_embeddings"],
         "initializer_range": config.get("init_method_std", 0.02),
         "rms_norm_eps": config["layernorm_epsilon"],
-        "rope_theta": config.get("rotary_base", 10000.0),
+        **dict.fromkeys(row.bias_keys, traits.linear_bias),
+        **row.window.write(window),
+        "tie_word_embeddings": traits.tied,
+        # Each twice: as transformers 4 spells it, and as 5 does, which prefers its own names.
+        "rope_theta": rope_theta,
         "rope_scaling": rope,
-        "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}
+        | {key: value for key, value in (rope or {}).items() if key != "type"},
         "torch_dtype": dtype,
-        "dtype": dtype,  # for transformers 5, which prefers it
+        "dtype": dtype,
     }
+    _require_same_model(HFConfig(exported, where, row), traits, window)
+    return exported
+
+
+def _require_same_model(exported: HFConfig, traits: Traits, window: int | None) -> None:
+    try:
+        found = (exported.traits, exported.window)
+    except Unsupported as err:
+        raise CheckpointError(f"{exported.where}: cannot be exported as {exported.architecture.name}: {err}") from err
+    if found != (traits, window):
+        raise CheckpointError(
+            f"{exported.where}: cannot be exported as {exported.architecture.name}: the model has {traits} and window "
+            f"{window}, and config.json would say {found[0]} and {found[1]}"
+        )

@@ -1,4 +1,4 @@
-"""Hugging Face Llama names <-> Megatron's global keys: one table, read in both directions.
+"""Hugging Face names <-> Megatron's global keys: one table, read in both directions.
 
 Megatron stacks layers: a key with a leading axis of `num_layers` and no layer index. Axes in shapes: L layers,
 H hidden, F ffn, V padded vocabulary, A query heads, G query groups (key/value heads), D head size.
@@ -29,13 +29,16 @@ class Layout:
     padded_vocab_size: int  # rows on the Megatron side
 
     def hf_shape(self, axes: str) -> tuple[int, ...]:
-        """`axes` names one size each: H F V (Hugging Face's vocabulary), Q = A*D, K = G*D."""
+        """`axes` names one size each: H F D V (Hugging Face's vocabulary), Q = A*D, K = G*D, P = Q + 2K, U = 2F."""
         sizes = {
             "H": self.hidden_size,
             "F": self.ffn_hidden_size,
             "V": self.vocab_size,
+            "D": self.head_dim,
             "Q": self.num_attention_heads * self.head_dim,
             "K": self.num_query_groups * self.head_dim,
+            "P": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim,
+            "U": 2 * self.ffn_hidden_size,
         }
         return tuple(sizes[axis] for axis in axes)
 
@@ -46,6 +49,25 @@ class Layout:
             rows = self.padded_vocab_size
         shape = (rows, *self.hf_shape(rule.hf_axes[0])[1:])
         return (self.num_layers, *shape) if rule.is_stacked else shape
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What decides which tensors a model has; see `architectures`."""
+
+    tied: bool
+    qkv_bias: bool = False
+    linear_bias: bool = False  # of every other linear layer
+    qk_norm: bool = False
+    fused: bool = False  # Hugging Face's query, key and value in one tensor, gate and up in one
+
+    @property
+    def untied(self) -> bool:
+        return not self.tied
+
+    @property
+    def separate(self) -> bool:
+        return not self.fused
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,18 @@ def by_query_group(rows: Rows, layout: Layout) -> Iterator[Run]:
             yield Run(part, group * count, count)
 
 
+def fused_by_query_group(rows: Rows, layout: Layout) -> Iterator[Run]:
+    """The same rows from one tensor that has all queries, then all keys, then all values."""
+    heads, groups = layout.num_attention_heads, layout.num_query_groups
+    for group in range(groups):
+        for first, count in (
+            (group * heads // groups, heads // groups),
+            (heads + group, 1),
+            (heads + groups + group, 1),
+        ):
+            yield Run(0, first * layout.head_dim, count * layout.head_dim)
+
+
 def padded(rows: Rows, layout: Layout) -> Iterator[Run]:
     """Zero rows up to the padded vocabulary. No token id reaches them."""
     yield Run(0, 0, rows[0])
@@ -85,6 +119,7 @@ class Rule:
     """One Megatron tensor and the Hugging Face tensors that it holds: the same rows in the order of `runs`.
 
     `tp_axis` is the axis that tensor parallelism splits, of one layer's tensor; None: every rank has all of it.
+    `needs` names the one of `Traits` that a model has the tensor by; None: all have it.
     """
 
     hf: tuple[str, ...]
@@ -92,6 +127,7 @@ class Rule:
     mcore: str
     tp_axis: int | None
     order: Callable[[Rows, Layout], Iterator[Run]] = in_order
+    needs: str | None = None
 
     @property
     def is_stacked(self) -> bool:
@@ -110,13 +146,13 @@ class Rule:
 
     def rows_of_parts(self, layout: Layout) -> list[list[tuple[int, int]]]:
         """The way back: per Hugging Face tensor its rows in the Megatron tensor, as (first, count) in order."""
-        parts: list[list[tuple[int, int]]] = [[] for _ in self.hf]
+        parts: list[list[tuple[int, int, int]]] = [[] for _ in self.hf]
         first = 0
         for run in self.runs(layout):
             if run.part is not None:
-                parts[run.part].append((first, run.count))
+                parts[run.part].append((run.start, first, run.count))
             first += run.count
-        return parts
+        return [[(first, count) for _, first, count in sorted(part)] for part in parts]
 
     def unpack(self, packed: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
         """The Hugging Face tensors of a Megatron tensor, as views where their rows lie together."""
@@ -128,21 +164,37 @@ class Rule:
 
 _HF, _MC = "model.layers.{i}", "model.decoder.layers"
 _ATTENTION, _MLP = f"{_HF}.self_attn", f"{_HF}.mlp"
-_QKV = tuple(f"{_ATTENTION}.{part}_proj.weight" for part in "qkv")
-_FC1 = (f"{_MLP}.gate_proj.weight", f"{_MLP}.up_proj.weight")
+_MC_ATTENTION = f"{_MC}.self_attention"
+
+
+def _each(module: str, names: str, kind: str) -> tuple[str, ...]:
+    return tuple(f"{module}.{name}_proj.{kind}" for name in names.split())
+
+
+_WEIGHTS, _BIASES = (_each(_ATTENTION, "q k v", kind) for kind in ("weight", "bias"))
+_FC1, _FC1_BIASES = (_each(_MLP, "gate up", kind) for kind in ("weight", "bias"))
+_QKV, _QKV_BIAS = (f"{_MC_ATTENTION}.linear_qkv.{kind}" for kind in ("weight", "bias"))
 
 EMBEDDING = Rule(("model.embed_tokens.weight",), ("VH",), "model.embedding.word_embeddings.weight", 0, padded)
-OUTPUT = Rule(("lm_head.weight",), ("VH",), "model.output_layer.weight", 0, padded)
+OUTPUT = Rule(("lm_head.weight",), ("VH",), "model.output_layer.weight", 0, padded, "untied")
 # fmt: off
 RULES = (
-    # Hugging Face names and their axes, Megatron key, tp axis
+    # Hugging Face names and their axes, Megatron key, tp axis, order of the rows, what has it
     EMBEDDING,
-    Rule((f"{_HF}.input_layernorm.weight",), ("H",), f"{_MC}.self_attention.linear_qkv.layer_norm_weight", None),
-    Rule(_QKV, ("QH", "KH", "KH"), f"{_MC}.self_attention.linear_qkv.weight", 0, by_query_group),
-    Rule((f"{_ATTENTION}.o_proj.weight",), ("HQ",), f"{_MC}.self_attention.linear_proj.weight", 1),
+    Rule((f"{_HF}.input_layernorm.weight",), ("H",), f"{_MC_ATTENTION}.linear_qkv.layer_norm_weight", None),
+    Rule(_WEIGHTS, ("QH", "KH", "KH"), _QKV, 0, by_query_group, "separate"),
+    Rule((f"{_ATTENTION}.qkv_proj.weight",), ("PH",), _QKV, 0, fused_by_query_group, "fused"),
+    Rule(_BIASES, ("Q", "K", "K"), _QKV_BIAS, 0, by_query_group, "qkv_bias"),
+    Rule((f"{_ATTENTION}.q_norm.weight",), ("D",), f"{_MC_ATTENTION}.q_layernorm.weight", None, needs="qk_norm"),
+    Rule((f"{_ATTENTION}.k_norm.weight",), ("D",), f"{_MC_ATTENTION}.k_layernorm.weight", None, needs="qk_norm"),
+    Rule((f"{_ATTENTION}.o_proj.weight",), ("HQ",), f"{_MC_ATTENTION}.linear_proj.weight", 1),
+    Rule((f"{_ATTENTION}.o_proj.bias",), ("H",), f"{_MC_ATTENTION}.linear_proj.bias", None, needs="linear_bias"),
     Rule((f"{_HF}.post_attention_layernorm.weight",), ("H",), f"{_MC}.mlp.linear_fc1.layer_norm_weight", None),
-    Rule(_FC1, ("FH", "FH"), f"{_MC}.mlp.linear_fc1.weight", 0),
+    Rule(_FC1, ("FH", "FH"), f"{_MC}.mlp.linear_fc1.weight", 0, needs="separate"),
+    Rule((f"{_MLP}.gate_up_proj.weight",), ("UH",), f"{_MC}.mlp.linear_fc1.weight", 0, needs="fused"),
+    Rule(_FC1_BIASES, ("F", "F"), f"{_MC}.mlp.linear_fc1.bias", 0, needs="linear_bias"),
     Rule((f"{_MLP}.down_proj.weight",), ("HF",), f"{_MC}.mlp.linear_fc2.weight", 1),
+    Rule((f"{_MLP}.down_proj.bias",), ("H",), f"{_MC}.mlp.linear_fc2.bias", None, needs="linear_bias"),
     Rule(("model.norm.weight",), ("H",), "model.decoder.final_layernorm.weight", None),
     OUTPUT,
 )
@@ -150,16 +202,20 @@ RULES = (
 
 # Transformer Engine modules ask for their FP8 state by these names. There is none in a Hugging Face checkpoint; the
 # stock converter stores empty ones, and without them a stock GPU load stops at the first missing key.
-EXTRA_STATE_STACKED = tuple(
-    f"{_MC}.{module}._extra_state"
-    for module in (
-        *("self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj"),
-        *("mlp.linear_fc1", "mlp.linear_fc2"),
-    )
+_EXTRA_STATE_MODULES = (
+    *("self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj"),
+    *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
+_QK_NORM_MODULES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 EXTRA_STATE = ("model.decoder.final_layernorm._extra_state",)
 
 
-def rules_for(*, tied: bool) -> tuple[Rule, ...]:
-    """The rules of a model; tied embeddings have no output tensor of their own."""
-    return tuple(rule for rule in RULES if not (tied and rule is OUTPUT))
+def extra_state_of_layers(traits: Traits) -> tuple[str, ...]:
+    """Keys of which each layer has an empty entry."""
+    modules = (*_EXTRA_STATE_MODULES, *(_QK_NORM_MODULES if traits.qk_norm else ()))
+    return tuple(f"{_MC}.{module}._extra_state" for module in modules)
+
+
+def rules_for(traits: Traits) -> tuple[Rule, ...]:
+    """The rules of a model: one per Megatron tensor that it has."""
+    return tuple(rule for rule in RULES if rule.needs is None or getattr(traits, rule.needs))

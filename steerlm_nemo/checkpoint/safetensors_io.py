@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steerlm_nemo.checkpoint.recognise import by_content
 from steerlm_nemo.checkpoint.streaming import read_into
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.records import unreadable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -44,7 +46,7 @@ class TensorPlace:
             with self.path.open("rb", buffering=0) as file:
                 is_there = read_into(file, self.start + start, into)
         except OSError as err:
-            raise InputError(f"{self.path}: cannot be read: {err.strerror}") from err
+            raise unreadable(self.path, err) from err
         if not is_there:
             raise InputError(f"{self.path}: ends too early")
 
@@ -60,11 +62,13 @@ def places_in(path: Path, ignored: str | None = None) -> dict[str, TensorPlace]:
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             if not 2 <= header_size <= min(_MAX_HEADER, size - 8):
-                raise InputError(f"{path}: not a safetensors file, or cut off; download it again")
+                raise InputError(
+                    f"{path}: {by_content(path) or 'not a safetensors file, or cut off; download it again'}"
+                )
             header = json.loads(file.read(header_size))
     except OSError as err:
-        raise InputError(f"{path}: cannot be read: {err.strerror}") from err
-    except (ValueError, UnicodeDecodeError) as err:
+        raise unreadable(path, err) from err
+    except (ValueError, RecursionError) as err:
         raise InputError(f"{path}: its safetensors header is not JSON ({err}); download it again") from err
     try:
         return {
@@ -90,45 +94,6 @@ def _place(path: Path, size: int, data_start: int, name: str, entry: dict[str, A
     if num_bytes != math.prod(shape) * ITEM_SIZE[dtype] or first < 0 or start + num_bytes > size:
         raise InputError(f"{path}: {name} lies outside the file ({size} bytes); it is cut off, download it again")
     return TensorPlace(path, start, num_bytes, dtype, shape)
-
-
-def find_tensors(folder: Path, ignored: str) -> dict[str, TensorPlace]:
-    """The tensors of a Hugging Face folder, from one file or from the shards that its index names.
-
-    Those whose name ends in `ignored` are left out, whatever their dtype.
-
-    Where both are there the single file counts, as for transformers: shards of an earlier save often stay beside it.
-
-    Raises:
-        InputError: no safetensors there, a shard is missing, or index and shards disagree.
-    """
-    if (folder / SINGLE).is_file():
-        return places_in(folder / SINGLE, ignored)
-    if not (folder / INDEX).is_file():
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f" Load {others[0]} with transformers and save it again as safetensors." if others else ""
-        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}.{hint}")
-    try:
-        weight_map: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
-    except OSError as err:
-        raise InputError(f"{folder / INDEX}: cannot be read: {err.strerror}") from err
-    except (ValueError, KeyError, TypeError) as err:
-        raise InputError(f"{folder / INDEX}: not a safetensors index ({err!r})") from err
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX}: not a safetensors index (weight_map is {str(weight_map)[:60]})")
-    if wrong := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
-        raise InputError(
-            f"{folder / INDEX}: not a safetensors index (weight_map gives {wrong[0]} no file name, but "
-            f"{weight_map[wrong[0]]!r}); download it again"
-        )
-    places: dict[str, TensorPlace] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise InputError(f"{folder / INDEX}: names the shard {shard!r}, which is not a file of this folder")
-        places |= places_in(folder / shard, ignored)
-    if missing := sorted(name for name in weight_map if name not in places and not name.endswith(ignored)):
-        raise InputError(f"{folder / INDEX}: lists {missing[0]} in {weight_map[missing[0]]}, which does not have it")
-    return places
 
 
 def header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:

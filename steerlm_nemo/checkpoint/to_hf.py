@@ -25,8 +25,8 @@ from typing import Any
 from steerlm_nemo.checkpoint.archive import NemoFile, check_weights, remove_stale
 from steerlm_nemo.checkpoint.chat_template import TOKENIZER_CONFIG
 from steerlm_nemo.checkpoint.from_hf import gigabytes
-from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY, hf_config, layout_of
-from steerlm_nemo.checkpoint.mapping import EMBEDDING, Layout, Rule, rules_for
+from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY, hf_config, layout_of, traits_of
+from steerlm_nemo.checkpoint.mapping import EMBEDDING, Layout, Rule, Traits, rules_for
 from steerlm_nemo.checkpoint.safetensors_io import INDEX, ITEM_SIZE, SINGLE, header
 from steerlm_nemo.checkpoint.streaming import PIECE_BYTES, EagerFile, in_pieces, read_ahead, read_into
 from steerlm_nemo.checkpoint.tokenizer_files import (
@@ -50,13 +50,13 @@ class Export:
 
     weights: DistributedWeights
     layout: Layout
-    tied: bool
+    traits: Traits
     files: dict[str, bytes]  # everything but the weights
 
     @property
     def units(self) -> list[tuple[Rule, int | None]]:
         """Megatron tensors in the order of a forward pass, one entry per layer where they are stacked."""
-        rules = rules_for(tied=self.tied)
+        rules = rules_for(self.traits)
         stacked = [rule for rule in rules if rule.is_stacked]
         first = rules.index(stacked[0])
         before, after = rules[:first], [rule for rule in rules[first:] if not rule.is_stacked]
@@ -94,13 +94,13 @@ def plan_export(nemo: NemoFile) -> Export:
             f"{nemo.path}: the vocabulary has {layout.vocab_size} tokens, but {EMBEDDING.mcore} only "
             f"{layout.padded_vocab_size} rows"
         )
-    tied = bool(config.get("share_embeddings_and_output_weights", True))  # NeMo's default where the key is absent
-    weights.require(rules_for(tied=tied), layout)
-    exported = hf_config(config, layout, weights.dtype, tied, facts["bos_id"], facts["eos_id"])
+    traits = traits_of(config)
+    weights.require(rules_for(traits), layout)
+    exported = hf_config(config, layout, traits, weights.dtype, facts["bos_id"], facts["eos_id"], str(nemo.path))
     ids = {key: exported[key] for key in ("bos_token_id", "eos_token_id") if exported.get(key) is not None}
     generation = (config.get(SOURCE_KEY) or {}).get("generation_config") or ids
     files = {**tokenizer, "config.json": _json(exported), "generation_config.json": _json(generation)}
-    return Export(weights, layout, tied, files)
+    return Export(weights, layout, traits, files)
 
 
 def _tokenizer(nemo: NemoFile) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile
+from steerlm_nemo.checkpoint.beside import json_of, read_if_there
 from steerlm_nemo.checkpoint.chat_template import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from steerlm_nemo.errors import CheckpointError, InputError
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_sentencepiece
@@ -73,11 +74,9 @@ def find_tokenizer(folder: Path) -> TokenizerFiles:
     Raises:
         InputError: there is none, its file is damaged, or nothing would load what is packed of it.
     """
-    files = {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
-    if (folder / HUGGINGFACE).is_file():
-        files[HUGGINGFACE] = (folder / HUGGINGFACE).read_bytes()
-    if (folder / SENTENCEPIECE).is_file():
-        files[SENTENCEPIECE] = (folder / SENTENCEPIECE).read_bytes()
+    found_files = {name: read_if_there(folder / name) for name in PACKED_NAMES}
+    files = {name: data for name, data in found_files.items() if data is not None}
+    if SENTENCEPIECE in files:
         try:
             model = load_sentencepiece(folder / SENTENCEPIECE, files[SENTENCEPIECE])
         except InputError:
@@ -124,17 +123,6 @@ def _notes_on(unknown: dict[str, int], files: dict[str, bytes]) -> tuple[str, ..
     if HUGGINGFACE not in files:
         cure += f": save one with transformers' fast tokenizer, and remove {SENTENCEPIECE}"
     return (f"{SENTENCEPIECE} is used, so these added tokens are ordinary text for NeMo: {shown}. {cure}.",)
-
-
-def json_of(path: Path, data: bytes) -> dict[str, Any]:
-    """Raises InputError: not a JSON object."""
-    try:
-        content = json.loads(data)
-    except ValueError as err:
-        raise InputError(f"{path}: not valid JSON: {err}") from err
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _of_tokenizer_json(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
@@ -187,9 +175,9 @@ def _load(folder: Path) -> tuple[HuggingFaceTokenizer | None, str]:
     """The fast tokenizer of a folder, or why there is none."""
     try:
         tokenizer = HuggingFaceTokenizer(folder)
-        return (tokenizer, "") if tokenizer.is_fast else (None, "its class does not read tokenizer.json")
-    except Exception as err:  # what the class of a tokenizer raises is its own: AttributeError, KeyError, Exception
-        return None, str(err) or repr(err)
+    except InputError as err:
+        return None, str(err.__cause__ or err)  # which names a temporary folder
+    return (tokenizer, "") if tokenizer.is_fast else (None, "its class does not read tokenizer.json")
 
 
 def _tokens_of_json(path: Path, data: bytes) -> list[list[int]]:
@@ -245,7 +233,7 @@ def _ids_of_json(where: str, data: bytes) -> dict[str, int]:
         if wrong := [token for token, token_id in ids.items() if type(token_id) is not int]:
             raise TypeError(f"the id of {wrong[0]!r}")
         return ids
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise InputError(f"{where}: not a Hugging Face tokenizer.json ({err!r})") from err
 
 

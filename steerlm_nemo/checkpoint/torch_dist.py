@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from steerlm_nemo.checkpoint.pickles import Inert, Slice, load_inert, load_torch_file
+from steerlm_nemo.checkpoint.pickles import Slice, load_inert, load_torch_file
 from steerlm_nemo.checkpoint.safetensors_io import ITEM_SIZE
+from steerlm_nemo.checkpoint.torch_files import STORAGES, Records, contiguous, ints, pickled_tensor
 from steerlm_nemo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def parse_index(file: IO[bytes], where: str) -> Index:
         for index, info in root.state["storage_data"].items():
             fields = index.state
             offset = fields.get("offset")
-            places[fields["fqn"], None if offset is None else _ints(offset)] = (
+            places[fields["fqn"], None if offset is None else ints(offset)] = (
                 str(info.state["relative_path"]),
                 int(info.state["offset"]),
                 int(info.state["length"]),
@@ -107,12 +108,12 @@ def parse_index(file: IO[bytes], where: str) -> Index:
                 objects[key] = StoredObject(*places[key, None])
                 continue
             chunks = tuple(
-                Chunk(offset, _ints(chunk.state["sizes"]), *places[key, offset])
+                Chunk(offset, ints(chunk.state["sizes"]), *places[key, offset])
                 for chunk in stored.state["chunks"]
-                for offset in [_ints(chunk.state["offsets"])]
+                for offset in [ints(chunk.state["offsets"])]
             )
             dtype = stored.state["properties"].state[0].global_name.removeprefix("torch.")
-            tensors[key] = StoredTensor(dtype, _ints(stored.state["size"]), chunks)
+            tensors[key] = StoredTensor(dtype, ints(stored.state["size"]), chunks)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as err:
         raise CheckpointError(
             f"{where}: not the index of a distributed checkpoint ({err!r}). The file is damaged."
@@ -125,11 +126,6 @@ def parse_index(file: IO[bytes], where: str) -> Index:
         if sum(math.prod(chunk.shape) for chunk in tensor.chunks) != math.prod(tensor.shape):
             raise CheckpointError(f"{where}: the chunks of {key} do not add up to its shape {list(tensor.shape)}")
     return index
-
-
-def _ints(size: Any) -> tuple[int, ...]:
-    """A `torch.Size` as the unpickler leaves it."""
-    return tuple(int(number) for number in (size.args[0] if isinstance(size, Inert) else size))
 
 
 def check_index(path: Path) -> None:
@@ -216,36 +212,23 @@ def stored_rows(
 def _start_of_values(chunk: Chunk, dtype: str, open_file: Callable[[str], IO[bytes]], where: str) -> int | None:
     """Where in its data file the values of a chunk begin, if they lie there contiguous and in this machine's order."""
     name = f"{where}/{chunk.file}"
-    if chunk.is_bare or dtype not in _STORAGES:
+    if chunk.is_bare or dtype not in STORAGES:
         return None
     try:
         with open_file(chunk.file) as stream, Slice(stream, chunk.start, chunk.num_bytes) as part:
             file = io.BufferedReader(part)
-            value = load_torch_file(file, name)
-            if getattr(value, "global_name", None) != "torch._utils._rebuild_tensor_v2":
+            tensor = pickled_tensor(load_torch_file(file, name))
+            if tensor is None or (tensor.dtype, tensor.shape) != (dtype, chunk.shape) or not tensor.is_plain:
                 return None
-            storage, first, shape, strides = value.args[:4]
-            _, storage_type, key, *_ = storage.args[0]
-            if (storage_type.global_name, _ints(shape), _ints(strides)) != (
-                f"torch.{_STORAGES[dtype]}",
-                chunk.shape,
-                _contiguous(chunk.shape),
-            ):
+            records = Records(file)
+            if not records.is_of_this_byte_order:
                 return None
-            with zipfile.ZipFile(file) as archive:
-                top = archive.namelist()[0].split("/")[0]
-                records = {info.filename.removeprefix(f"{top}/"): info for info in archive.infolist()}
-                if "byteorder" in records and archive.read(records["byteorder"]).decode() != sys.byteorder:
-                    return None
-                record = records[f"data/{key}"]
-            if (first + math.prod(shape)) * ITEM_SIZE[dtype] > record.file_size:
+            start, num_bytes = records.place(tensor.record)
+            if (tensor.first + math.prod(tensor.shape)) * ITEM_SIZE[dtype] > num_bytes:
                 return None
-            file.seek(record.header_offset)
-            name_and_extra = struct.unpack("<2H", file.read(30)[26:])
-            start = record.header_offset + 30 + sum(name_and_extra)
-            if start + record.file_size > chunk.num_bytes:
+            if start + num_bytes > chunk.num_bytes:
                 return None
-            return chunk.start + start + first * ITEM_SIZE[dtype]
+            return chunk.start + start + tensor.first * ITEM_SIZE[dtype]
     except (OSError, AttributeError, LookupError, TypeError, ValueError, struct.error, zipfile.BadZipFile) as err:
         raise CheckpointError(f"{name}: damaged ({type(err).__name__}: {str(err)[:200]})") from err
 
@@ -383,17 +366,10 @@ def _write_torch_file(stream: IO[bytes] | _Counting, value: object, num_bytes: i
 
 def _tensor(shape: tuple[int, ...], dtype: str) -> _Stored:
     """As torch pickles a contiguous tensor, its storage being record 0 of the zip."""
-    storage = _Persistent(("storage", _Global(f"torch {_STORAGES[dtype]}"), "0", "cpu", math.prod(shape)))
+    storage = _Persistent(("storage", _Global(f"torch {STORAGES[dtype]}"), "0", "cpu", math.prod(shape)))
     hooks = _Stored("collections OrderedDict", args=())
-    return _Stored("torch._utils _rebuild_tensor_v2", args=(storage, 0, shape, _contiguous(shape), False, hooks))
+    return _Stored("torch._utils _rebuild_tensor_v2", args=(storage, 0, shape, contiguous(shape), False, hooks))
 
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of values that lie rows first without gaps."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
-_STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
 
 # Pickles are written without the classes they name: torch takes a second to import, its checkpoint package another.
 

@@ -264,7 +264,7 @@ def _layers() -> Iterator[Adaptation]:
         f"{model}:get_specs",
         "imports the Gemma 2 spec, which needs Transformer Engine; and no spec with Transformer Engine can run here",
         "get_specs imports each spec only when asked for it",
-        lambda original: lambda *args, **kwargs: cpu_layer_spec(),
+        lambda original: lambda spec_name, config, *args: cpu_layer_spec(config.qk_layernorm),
     )
     yield Adaptation(
         "megatron.core.transformer.transformer_block:LayerNormImpl",

@@ -28,6 +28,8 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 
+from steerlm_nemo.compat.layers import window_of
+
 
 @dataclass(frozen=True)
 class Group:
@@ -60,8 +62,8 @@ class CachedModel:
     def __init__(self, model: Any, num_places: int, context_length: int) -> None:
         gpt = model.module if hasattr(model, "module") else model  # Float16Module wraps bf16 weights
         config = gpt.config
-        if config.window_size is not None or config.multi_latent_attention:
-            raise ValueError("models with sliding windows or latent attention cannot be served")
+        if config.multi_latent_attention:
+            raise ValueError("models with latent attention cannot be served")
         if gpt.position_embedding_type not in ("rope", "learned_absolute", "none"):
             raise ValueError(f"models with {gpt.position_embedding_type} position embeddings cannot be served")
         self._gpt = gpt
@@ -70,6 +72,7 @@ class CachedModel:
         self.device = parameter.device
         self.dtype = attentions[0].linear_qkv.weight.dtype
         self.repeats = config.num_attention_heads // config.num_query_groups
+        self.window = window_of(config)
         for attention in attentions:
             groups, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
             attention.cache = torch.zeros((num_places, 2, groups, size), dtype=self.dtype, device=self.device)
@@ -110,12 +113,17 @@ class CachedModel:
 
 
 def group_rows(
-    num_new: np.ndarray, totals: np.ndarray, cache_of_rows: torch.Tensor, repeats: int, dtype: torch.dtype
+    num_new: np.ndarray,
+    totals: np.ndarray,
+    cache_of_rows: torch.Tensor,
+    repeats: int,
+    dtype: torch.dtype,
+    window: int | None,
 ) -> list[Group]:
     """Put the rows of a step, in their order, into groups that pad little.
 
     `num_new` and `totals` [rows]: new tokens of each row and its length with them. `cache_of_rows` [rows, context] on
-    the device: the place of each of a row's tokens in the cache.
+    the device: the place of each of a row's tokens in the cache. `window`: how many tokens each one attends to.
     """
     new, total = num_new.tolist(), totals.tolist()
     device = cache_of_rows.device
@@ -134,9 +142,10 @@ def group_rows(
             padded = torch.from_numpy(np.where(within, before[:, None] + place_Q, 0).ravel()).to(device)
             filled = torch.from_numpy(np.flatnonzero(within)).to(device)
         mask = None
-        if longest > 1 or min(total[first:end]) != length:
+        if longest > 1 or min(total[first:end]) != length or (window is not None and length > window):
             last_seen = (total_B - new_B)[:, None] + place_Q  # the position of each new token
-            hidden = torch.from_numpy(np.arange(length) > last_seen[:, :, None])
+            age = last_seen[:, :, None] - np.arange(length)
+            hidden = torch.from_numpy(age < 0 if window is None else (age < 0) | (age >= window))
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
             mask = mask[:, None, None].expand(-1, -1, repeats, -1, -1).reshape(rows, 1, repeats * longest, length)
             mask = mask.to(device)

@@ -200,7 +200,8 @@ class MegatronEngine:
         line, position, place = (torch.from_numpy(part).to(device) for part in plan.table)
         self._table[line, position] = place
         rows = self._table[torch.from_numpy(plan.lines).to(device), : int(plan.totals.max())]
-        groups = group_rows(plan.num_new, plan.totals, rows, self._model.repeats, self._model.dtype)
+        cached = self._model
+        groups = group_rows(plan.num_new, plan.totals, rows, cached.repeats, cached.dtype, cached.window)
         amp = {"16": torch.float16}.get(self._precision)
         with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
             return self._model.logits(

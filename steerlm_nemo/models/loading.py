@@ -13,6 +13,7 @@ from omegaconf import OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo
 from steerlm_nemo.checkpoint.identity import identity, name_of
+from steerlm_nemo.checkpoint.llama_config import tp_sizes
 from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer, localise_tokenizer
 from steerlm_nemo.compat import Capabilities, prepare, quiet_logs
 from steerlm_nemo.errors import CheckpointError, ConfigError
@@ -41,10 +42,15 @@ class LoadedModel:
 
 
 def undivided(config: Mapping[str, Any], tp_size: int) -> Iterator[str]:
-    """What tensor-parallel ranks cannot share evenly, of a model with this config."""
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if config.get(key) and config[key] % tp_size:
-            yield f"tensor_model_parallel_size {tp_size} does not divide the checkpoint's {key} {config[key]}"
+    """What tensor-parallel ranks cannot share evenly, of a model with this config; and which sizes can."""
+    shared = {key: config.get(key) or 0 for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
+    fitting = [str(size) for size in tp_sizes(*shared.values()) if not any(number % size for number in shared.values())]
+    for key, number in shared.items():
+        if number % tp_size:
+            yield (
+                f"tensor_model_parallel_size {tp_size} does not divide the checkpoint's {key} {number}; "
+                f"this model takes {' or '.join(fitting)}"
+            )
 
 
 def check_parallelism(config: Mapping[str, Any], tp_size: int, pp_size: int, num_ranks: int) -> None:

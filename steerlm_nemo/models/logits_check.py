@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerlm_nemo.checkpoint.from_hf import Conversion, gigabytes
+from steerlm_nemo.checkpoint.hf_weights import is_safetensors
 from steerlm_nemo.checkpoint.llama_config import read_hf_config
 from steerlm_nemo.compat.capabilities import missing_packages
 from steerlm_nemo.errors import CheckpointError
@@ -32,6 +33,7 @@ TOLERANCE = 1e-4
 # Sums in another order differ in proportion to what is summed; above 10 the bar grows with the logits.
 RELATIVE_TOLERANCE = 1e-5
 NUM_TOKENS = 128
+_UNTOUCHED = "nothing was put in place, an older .nemo is untouched, and --no_check writes it all the same"
 _LIBRARIES_BYTES = 2_000_000_000
 _FOREIGN_RANKS = (
     "SLURM_",
@@ -85,8 +87,8 @@ def logits_check(conversion: Conversion, hf_dir: Path, report: Callable[[str], N
         )
         if not agreement.holds:
             raise CheckpointError(
-                f"{hf_dir}: {figures}: NeMo does not compute what transformers does. The .nemo was not put in place; "
-                "an older one is untouched. Please report this model; --no_check writes it all the same."
+                f"{hf_dir}: NeMo does not compute what transformers does: {figures}; please report this model; "
+                f"{_UNTOUCHED}"
             )
         report(f"{figures}; {time.monotonic() - started:.1f} s")
 
@@ -146,31 +148,41 @@ def _compare_in_a_process(hf_dir: Path, nemo_path: Path, conversion: Conversion)
             ).returncode
         if code != 0 or not result.is_file():
             how = f"exit code {code}" if code >= 0 else f"signal {-code}"
-            said = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-            raise CheckpointError(
-                f"{nemo_path}: the logits could not be compared ({how}). Nothing was put in place; an older .nemo is "
-                f"untouched. --no_check writes it all the same. The last words were:\n{said}"
-            )
+            said = result if result.is_file() else log
+            lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
+            reason = f", {_short(lines[-1])}" if lines else ""
+            raise CheckpointError(f"{hf_dir}: the logits could not be compared ({how}{reason}); {_UNTOUCHED}")
         return Agreement(**json.loads(result.read_text()))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def main() -> None:
     hf_dir, nemo_path, dtype, result = sys.argv[1:]
-    import torch
+    side = "transformers"
+    try:
+        import torch
 
-    config = read_hf_config(Path(hf_dir)).raw
-    length = min(NUM_TOKENS, config["max_position_embeddings"])
-    token_ids = torch.randint(0, config["vocab_size"], (length,), generator=torch.Generator().manual_seed(0))
-    theirs = transformers_logits(Path(hf_dir), token_ids, getattr(torch, dtype))
+        config = read_hf_config(Path(hf_dir)).raw
+        length = min(NUM_TOKENS, config["max_position_embeddings"])
+        token_ids = torch.randint(0, config["vocab_size"], (length,), generator=torch.Generator().manual_seed(0))
+        theirs = transformers_logits(Path(hf_dir), token_ids, getattr(torch, dtype))
+        side = "NeMo"
 
-    from steerlm_nemo.models.loading import load_for_inference
+        from steerlm_nemo.models.loading import load_for_inference
 
-    ours = nemo_logits(load_for_inference(nemo_path, 1, "32").nemo_model, token_ids)[:, : theirs.shape[1]]
-    agreement = {
-        "difference": (ours - theirs).abs().max().item(),
-        "largest_logit": theirs.abs().max().item(),
-        "num_tokens": length,
-    }
+        ours = nemo_logits(load_for_inference(nemo_path, 1, "32").nemo_model, token_ids)[:, : theirs.shape[1]]
+        agreement = {
+            "difference": (ours - theirs).abs().max().item(),
+            "largest_logit": theirs.abs().max().item(),
+            "num_tokens": length,
+        }
+    except Exception as err:  # whatever either library raises is the reason that the parent gives
+        Path(result).write_text(f"{side}: {type(err).__name__}: {' '.join(str(err).split())}")
+        sys.stdout.flush()
+        os._exit(1)
     Path(result).write_text(json.dumps(agreement))
     sys.stdout.flush()
     os._exit(0)  # at an ordinary exit gloo's threads now and then abort a process that has done its work
@@ -185,13 +197,13 @@ def transformers_logits(folder: Path, token_ids: torch.Tensor, dtype: torch.dtyp
     import transformers
 
     config = read_hf_config(folder)
-    model_class = getattr(transformers, config.raw["architectures"][0])
+    model_class = getattr(transformers, config.architecture.name)
     model = model_class.from_pretrained(
         folder,
         config=model_class.config_class.from_dict(config.for_transformers_4()),
         torch_dtype=dtype,
         attn_implementation="eager",
-        use_safetensors=True,
+        use_safetensors=is_safetensors(folder),
     ).float()
     with torch.no_grad():
         return model(token_ids.reshape(1, -1)).logits[0]

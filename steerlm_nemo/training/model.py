@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo
 from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer, localise_tokenizer, read_artifacts
+from steerlm_nemo.compat.layers import complete_qk_norm_gradients
 from steerlm_nemo.errors import ConfigError
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from steerlm_nemo.training.loaders import Loaders
@@ -77,6 +78,7 @@ def load_base(cfg: DictConfig, method: Method, ptl_trainer: Any) -> Base:
         model = method.load_model(cfg, ptl_trainer, nemo.dir)
         base = Base(model, load_tokenizer(nemo), read_artifacts(nemo))
     init_distributed(ptl_trainer, model, cfg.model.get("transformer_engine"))
+    complete_qk_norm_gradients(model)
     return base
 
 

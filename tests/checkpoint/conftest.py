@@ -7,18 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llamas import LLAMA3_ROPE, ROOT, MakeLlama, convert_quietly
+from llamas import FAMILY, LLAMA3_ROPE, ROOT, MakeLlama, convert_quietly
 
 from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 
 @pytest.fixture(scope="session")
 def make_llama(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
-    """A function that saves a random Llama with grouped-query attention; keywords go to `LlamaConfig`."""
+    """A function that saves a random Llama with grouped-query attention; keywords go to its config class."""
 
-    def make(*, dtype: str = "float32", max_shard_size: str = "5GB", **overrides: Any) -> Path:
+    def make(
+        *,
+        architecture: str = "LlamaForCausalLM",
+        dtype: str = "float32",
+        max_shard_size: str = "5GB",
+        safe_serialization: bool = True,
+        **overrides: Any,
+    ) -> Path:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        import transformers
+
+        model_class = getattr(transformers, architecture)
 
         settings: dict[str, Any] = {
             "hidden_size": 64,
@@ -33,14 +42,16 @@ def make_llama(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> M
             "tie_word_embeddings": False,
         }
         torch.manual_seed(len(overrides))
-        model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+        model = model_class(model_class.config_class(**{**settings, **overrides}))
         for parameter in model.parameters():  # larger than at initialisation, so that mistakes show in the logits
             if parameter.ndim == 1:
                 parameter.data.uniform_(0.5, 1.5)
             else:
                 parameter.data.normal_(std=0.15)
         folder = tmp_path_factory.mktemp("llama")
-        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+        model.to(getattr(torch, dtype)).save_pretrained(
+            folder, max_shard_size=max_shard_size, safe_serialization=safe_serialization
+        )
         shutil.copy(small_model, folder / "tokenizer.model")
         return folder
 
@@ -50,6 +61,11 @@ def make_llama(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> M
 @pytest.fixture(scope="session")
 def llama(make_llama: MakeLlama) -> Path:
     return make_llama()
+
+
+@pytest.fixture(scope="session")
+def family(make_llama: MakeLlama) -> dict[str, Path]:
+    return {name: make_llama(**settings) for name, settings in FAMILY.items()}
 
 
 @pytest.fixture(scope="session")

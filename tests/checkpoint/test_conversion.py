@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from steerlm_nemo.checkpoint import from_hf
 from steerlm_nemo.checkpoint.archive import extract_nemo, open_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import plan_conversion
-from steerlm_nemo.checkpoint.llama_config import vocabulary_padding
+from steerlm_nemo.checkpoint.llama_config import tp_sizes, vocabulary_padding
 from steerlm_nemo.checkpoint.streaming import EagerFile
 from steerlm_nemo.checkpoint.tokenizer_files import localise_tokenizer
 from steerlm_nemo.checkpoint.weights import DistributedWeights
@@ -212,11 +212,17 @@ def test_rope_scaling_comes_from_the_source_config(make_llama: MakeLlama, tmp_pa
     assert [llama3[name] for name in names] == [8.0, 1.0, 4.0, 32]
 
 
-@pytest.mark.parametrize("num_rows", [403, 512, 1000, 32000, 32001, 32064, 128256, 151936])
-def test_nemo_computes_the_stored_vocabulary_at_every_tp(num_rows: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "groups", "sizes"), [(32, 8, (1, 2, 4, 8)), (8, 1, (1, 2, 4, 8)), (9, 3, (1, 3)), (15, 15, (1, 3, 5))]
+)
+@pytest.mark.parametrize("num_rows", [403, 512, 1000, 32000, 32001, 32064, 49152, 128256, 151936])
+def test_nemo_computes_the_stored_vocabulary_at_every_tp(
+    num_rows: int, heads: int, groups: int, sizes: tuple[int, ...]
+) -> None:
+    assert tp_sizes(heads, groups, 15 * 1024) == sizes
     for tokenizer_size in (num_rows, num_rows - 3):
-        padded, divisor = vocabulary_padding(num_rows, tokenizer_size, tokenizer_size)
-        for tp_size in (1, 2, 4, 8):
+        padded, divisor = vocabulary_padding(num_rows, tokenizer_size, tokenizer_size, sizes)
+        for tp_size in sizes:
             multiple = divisor * tp_size  # as NeMo's _vocab_size_with_padding rounds
             assert -(-tokenizer_size // multiple) * multiple == padded >= num_rows
     usual = 128  # the control: the reference's divisor gives 32000 another size at TP 4
@@ -238,7 +244,10 @@ def copy_with(source: Path, tmp_path: Path, change: Any, **config: Any) -> Path:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architectures is ['GPT2LMHeadModel']; only LlamaForCausalLM"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architectures is ['GPT2LMHeadModel']; that is no Llama: it has LayerNorm",
+        ),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import LLAMA3_ROPE, ROOT, MakeLlama, convert_quietly, export_quietly
+import yaml
+from llamas import FAMILY, LLAMA3_ROPE, ROOT, MakeLlama, convert_quietly, export_quietly
 from safetensors.torch import load_file, save_file
 
 from steerlm_nemo.checkpoint import mapping
 from steerlm_nemo.checkpoint.archive import check_nemo, extract_nemo, open_nemo, write_nemo
 from steerlm_nemo.checkpoint.inspect import inspect_nemo
+from steerlm_nemo.checkpoint.llama_config import read_hf_config
 from steerlm_nemo.checkpoint.weights import DistributedWeights
 from steerlm_nemo.ranks import launch_ranks
 
@@ -40,6 +42,13 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3 rope": {"rope_scaling": LLAMA3_ROPE},
     "wide heads": {"head_dim": 32},
 }
+SAVED = ("gqa", "tied", "stories", *FAMILY)
+# A `.nemo` with the same weights whose config lacks what its architecture has beside a Llama's.
+WITHOUT = {
+    "qwen2 without biases": ("qwen2", ("qkv_bias",)),
+    "qwen3 without norms": ("qwen3", ("qk_layernorm",)),
+    "mistral without window": ("mistral", ("window_size",)),
+}
 TOKEN_IDS = torch.randint(0, 300, (160,), generator=torch.Generator().manual_seed(0))
 
 
@@ -51,9 +60,43 @@ def hf_logits(folder: Path) -> torch.Tensor:
         return model(TOKEN_IDS.reshape(1, -1)).logits[0]
 
 
+# Below, above and far above the window of `mistral`; a step of the engine takes 37 tokens.
+PROMPTS = [TOKEN_IDS[:count].tolist() for count in (5, 30, 120)]
+NUM_RESPONSE_TOKENS = 24
+
+
+def responses_to(file: Path) -> dict[str, Any]:
+    return {"prompts": PROMPTS, "num_tokens": NUM_RESPONSE_TOKENS, "file": str(file)}
+
+
+def hf_responses(folder: Path) -> list[list[int]]:
+    """Greedy, each token by a forward pass over all before it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
+    rows = [list(prompt) for prompt in PROMPTS]
+    with torch.no_grad():
+        for row in rows:
+            for _ in range(NUM_RESPONSE_TOKENS):
+                logits = model(torch.tensor([row]), use_cache=False).logits[0, -1, :-3]  # rows that no token has
+                row.append(int(logits.argmax()))
+    return [row[-NUM_RESPONSE_TOKENS:] for row in rows]
+
+
+def nemo_without(nemo: Path, keys: tuple[str, ...], into: Path) -> Path:
+    folder = extract_nemo(nemo, into)
+    config = yaml.safe_load((folder / "model_config.yaml").read_text())
+    (folder / "model_config.yaml").write_text(yaml.safe_dump({key: config[key] for key in config if key not in keys}))
+    return folder
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def ran(
-    request: pytest.FixtureRequest, make_llama: MakeLlama, stories: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    make_llama: MakeLlama,
+    family: dict[str, Path],
+    stories: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[str, Path]]:
     """All cases through NeMo at one TP size, in one start of the ranks. Returns the folder and the HF folders."""
     folder = tmp_path_factory.mktemp(f"tp{request.param}")
@@ -64,6 +107,19 @@ def ran(
     sources = {name: make_llama(**settings) for name, settings in CASES.items()}
     nemo_files = {name: convert_quietly(source, folder / f"{name}.nemo") for name, source in sources.items()}
     nemo_files["stories"] = convert_quietly(stories, folder / "stories.nemo")
+    sources |= family
+    nemo_files |= {name: convert_quietly(source, folder / f"{name}.nemo") for name, source in family.items()}
+    nemo_files |= {name: nemo_without(nemo_files[of], keys, folder / name) for name, (of, keys) in WITHOUT.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        swapped = {"q_norm": "k_norm", "k_norm": "q_norm"}
+        wrong = tuple(
+            dataclasses.replace(rule, hf=tuple(name.replace(part, swapped[part]) for name in rule.hf))
+            if (part := next((norm for norm in swapped if norm in rule.hf[0]), ""))
+            else rule
+            for rule in mapping.RULES
+        )
+        patch.setattr(mapping, "RULES", wrong)
+        nemo_files["qwen3 norms exchanged"] = convert_quietly(family["qwen3"], folder / "exchanged.nemo")
     with pytest.MonkeyPatch.context() as patch:
         wrong = tuple(
             # what converters are prone to: all queries, then all keys, then all values
@@ -77,24 +133,32 @@ def ran(
             "nemo": str(path),
             "token_ids": str(folder / ("stories.safetensors" if name == "stories" else "text.safetensors")),
             "logits": str(folder / f"{name}.logits"),
-            "save": str(folder / f"{name}.saved") if name in ("gqa", "tied", "stories") else None,
+            "save": str(folder / f"{name}.saved") if name in SAVED else None,
+            "gradients": str(folder / f"{name}.gradients") if name == "qwen3" else None,
+            "responses": responses_to(folder / f"{name}.responses") if name in (*FAMILY, *WITHOUT) else None,
         }
         for name, path in nemo_files.items()
     ]
     stock = {form: str(folder / f"stock {form}.nemo") for form in ("torch_dist", "zarr")}
     text = {"token_ids": str(folder / "text.safetensors")}
     loaded_by_stock = text | {"nemo": str(nemo_files["gqa"]), "logits": str(folder / "by stock.logits"), "save": stock}
-    (folder / "stock.json").write_text(json.dumps([loaded_by_stock]))
+    of_family = [
+        text | {"nemo": str(nemo_files[name]), "logits": str(folder / f"{name} by stock.logits"), "save": {}}
+        for name in FAMILY
+    ]
+    (folder / "stock.json").write_text(json.dumps([loaded_by_stock, *of_family]))
     assert launch_ranks([str(STOCK_WORKER), str(folder / "stock.json")], request.param) == 0
     for form, path in stock.items():
-        tasks.append(text | {"nemo": path, "logits": str(folder / f"stock {form}.logits"), "save": None})
+        logits = str(folder / f"stock {form}.logits")
+        nothing = dict.fromkeys(("save", "gradients", "responses"))
+        tasks.append(text | nothing | {"nemo": path, "logits": logits})
     (folder / "tasks.json").write_text(json.dumps(tasks))
     assert launch_ranks([str(WORKER), str(folder / "tasks.json")], request.param) == 0
     return folder, sources
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *FAMILY])
 def test_nemo_and_transformers_agree(ran: tuple[Path, dict[str, Path]], name: str) -> None:
     folder, sources = ran
     ours = load_file(folder / f"{name}.logits")["text"]
@@ -121,6 +185,57 @@ def test_a_wrong_order_of_heads_does_not_pass(ran: tuple[Path, dict[str, Path]])
     assert (ours[:, : theirs.shape[1]] - theirs).abs().max().item() > 100 * TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*WITHOUT, "qwen3 norms exchanged"])
+def test_what_an_architecture_has_beside_a_llama_is_not_left_out(ran: tuple[Path, dict[str, Path]], name: str) -> None:
+    """The controls: each of these converters would be refused by the bar."""
+    folder, sources = ran
+    ours, theirs = load_file(folder / f"{name}.logits")["text"], hf_logits(sources[name.partition(" ")[0]])
+    assert (ours[:, : theirs.shape[1]] - theirs).abs().max().item() > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY)
+def test_stock_nemo_computes_the_same_from_every_architecture(ran: tuple[Path, dict[str, Path]], name: str) -> None:
+    folder, sources = ran
+    ours, theirs = load_file(folder / f"{name} by stock.logits")["text"], hf_logits(sources[name])
+    assert (ours[:, : theirs.shape[1]] - theirs).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_architecture_is_served_as_transformers_runs_it(ran: tuple[Path, dict[str, Path]], name: str) -> None:
+    folder, sources = ran
+    expected = hf_responses(sources[name])
+    assert json.loads((folder / f"{name}.responses").read_text()) == expected
+    for other, (of, _) in WITHOUT.items():  # the controls
+        if of == name:
+            assert json.loads((folder / f"{other}.responses").read_text()) != expected
+
+
+@pytest.mark.slow
+def test_the_gradients_of_query_and_key_norms_are_whole_on_every_rank(ran: tuple[Path, dict[str, Path]]) -> None:
+    """Each rank has some of the heads: what one of them finds alone is a part, and another one on the next rank."""
+    from transformers import AutoModelForCausalLM
+
+    folder, sources = ran
+    found = load_file(folder / "qwen3.gradients")
+    model = AutoModelForCausalLM.from_pretrained(sources["qwen3"], torch_dtype=torch.float32)
+    logits = model(TOKEN_IDS.reshape(1, -1)).logits[0]
+    padding = (
+        load_file(folder / "qwen3.logits")["text"].shape[1] - logits.shape[1]
+    )  # Megatron sums over these rows, too
+    logits = torch.nn.functional.pad(logits, (0, padding))
+    torch.nn.functional.cross_entropy(logits[:-1], TOKEN_IDS[1:]).backward()
+    is_split = int(folder.name[2]) > 1
+    for kind in ("q", "k"):
+        for layer in range(3):
+            expected = getattr(model.model.layers[layer].self_attn, f"{kind}_norm").weight.grad
+            assert torch.allclose(found[f"{layer}.{kind}_layernorm"], expected, atol=1e-5)
+            of_one_rank = found[f"alone.{layer}.{kind}_layernorm"]
+            assert torch.allclose(of_one_rank, expected, atol=1e-5) != is_split  # the control
+
+
 def test_ignoring_rope_scaling_does_not_pass(make_llama: MakeLlama, tmp_path: Path) -> None:
     """The control of the rope cases: without its scaling each gives other logits."""
     for scaling in (LINEAR_ROPE, LLAMA3_ROPE):
@@ -133,7 +248,7 @@ def test_ignoring_rope_scaling_does_not_pass(make_llama: MakeLlama, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gqa", "tied", "stories"])
+@pytest.mark.parametrize("name", SAVED)
 def test_weights_that_nemo_saved_export_bit_for_bit(
     ran: tuple[Path, dict[str, Path]], stories: Path, tmp_path: Path, name: str
 ) -> None:
@@ -150,22 +265,23 @@ def test_weights_that_nemo_saved_export_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_nemo_stores_the_keys_shapes_and_splits_of_the_table(ran: tuple[Path, dict[str, Path]]) -> None:
+@pytest.mark.parametrize("name", ["gqa", *FAMILY])
+def test_nemo_stores_the_keys_shapes_and_splits_of_the_table(ran: tuple[Path, dict[str, Path]], name: str) -> None:
     from steerlm_nemo.checkpoint.torch_dist import INDEX, parse_index
 
-    folder, _ = ran
-    with (folder / "gqa.saved" / INDEX).open("rb") as file:
+    folder, sources = ran
+    with (folder / f"{name}.saved" / INDEX).open("rb") as file:
         stock = parse_index(file, "stock").tensors
-    with open_nemo(folder / "gqa.nemo") as nemo:
+    with open_nemo(folder / f"{name}.nemo") as nemo:
         ours = DistributedWeights(nemo).index.tensors
     assert {key: (t.dtype, t.shape) for key, t in stock.items()} == {key: (t.dtype, t.shape) for key, t in ours.items()}
     tp_size = int(folder.name[2])
-    for rule in mapping.RULES:
+    for rule in mapping.rules_for(read_hf_config(sources[name]).traits):
         chunk, shape = stock[rule.mcore].chunks[0].shape, stock[rule.mcore].shape
         split_axes = [axis for axis, size in enumerate(chunk) if size < shape[axis]]
         leading = 1 if rule.is_stacked else 0
         expected = [0] * leading  # one chunk per layer
-        if rule.tp_axis is not None and (tp_size > 1 or rule.hf_axes == ("FH", "FH")):
+        if rule.tp_axis is not None and (tp_size > 1 or "linear_fc1." in rule.mcore):
             expected.append(rule.tp_axis + leading)  # gate and up are chunks of their own at any TP
         assert split_axes == expected, rule.mcore
 

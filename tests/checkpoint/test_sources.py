@@ -12,6 +12,7 @@ import torch
 from llamas import LLAMA3_ROPE, MakeLlama, convert_quietly, export_quietly
 from safetensors.torch import load_file, save_file
 
+from steerlm_nemo.checkpoint.architectures import BY_NAME
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
 from steerlm_nemo.checkpoint.llama_config import read_hf_config
@@ -21,6 +22,7 @@ from steerlm_nemo.models.logits_check import logits_check, transformers_logits
 
 STACK = "needs the training stack: nemo_toolkit, megatron-core, nemo-aligner"
 LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 
 
 def changed(source: Path, folder: Path, without: tuple[str, ...] = (), **config: Any) -> Path:
@@ -212,15 +214,17 @@ def test_an_export_names_the_dtype_of_its_weights_and_no_other(
     assert {f"torch.{exported[key]}" for key in ("torch_dtype", "dtype")} == stored
 
 
-def test_an_export_has_one_rope(make_llama: MakeLlama, tmp_path: Path) -> None:
+def test_an_export_says_the_same_rope_as_transformers_4_and_5_spell_it(make_llama: MakeLlama, tmp_path: Path) -> None:
     newer = respelled(make_llama(rope_theta=5e5, rope_scaling=LINEAR_ROPE), tmp_path / "newer")
     back = export_quietly(convert_quietly(newer, tmp_path / "model.nemo"), tmp_path / "back")
     exported = json.loads((back / "config.json").read_text())
     assert (exported["rope_theta"], exported["rope_scaling"]["factor"]) == (5e5, 2.0)
-    assert "rope_parameters" not in exported
+    assert exported["rope_parameters"] == {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
+    again = export_quietly(convert_quietly(back, tmp_path / "again.nemo"), tmp_path / "again")
+    assert json.loads((again / "config.json").read_text()) == exported
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM"])
+@pytest.mark.parametrize("architecture", BY_NAME)
 def test_absent_keys_mean_what_the_class_of_transformers_takes_them_for(
     llama: Path, tmp_path: Path, architecture: str
 ) -> None:
@@ -228,7 +232,7 @@ def test_absent_keys_mean_what_the_class_of_transformers_takes_them_for(
 
     folder = tmp_path / "bare"
     folder.mkdir()
-    bare: dict[str, Any] = {"architectures": [architecture], "sliding_window": None}
+    bare: dict[str, Any] = {"architectures": [architecture]}
     (folder / "config.json").write_text(json.dumps(bare))
     config = read_hf_config(folder)
     theirs = getattr(transformers, architecture).config_class(**bare)
@@ -236,23 +240,34 @@ def test_absent_keys_mean_what_the_class_of_transformers_takes_them_for(
         if value is not None:  # null: worked out from others, see below
             assert getattr(theirs, key) == value, key
     assert config.num_query_groups == theirs.num_key_value_heads
-    assert config.head_dim == theirs.hidden_size // theirs.num_attention_heads
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    used = getattr(theirs, "use_sliding_window", True)
+    assert config.window == (getattr(theirs, "sliding_window", None) if used else None)
     assert config.rope == {"rope_type": "default", "rope_theta": theirs.rope_theta}
 
 
 @pytest.mark.parametrize(
-    ("absent", "message"),
-    [("sliding_window", "sliding_window is 4096"), ("num_key_value_heads", "num_key_value_heads 8")],
+    ("window", "without", "expected"),
+    [({}, True, 4096), ({"sliding_window": 100}, False, 100), ({"sliding_window": None}, False, None)],
 )
-def test_what_an_absent_key_of_mistral_means_is_refused_as_if_written_out(
-    llama: Path, tmp_path: Path, absent: str, message: str
+def test_an_absent_window_of_mistral_is_the_default_of_its_class(
+    llama: Path, tmp_path: Path, window: dict[str, Any], without: bool, expected: int | None
 ) -> None:
-    mistral: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    mistral |= {"sliding_window": None} if absent != "sliding_window" else {}
-    folder = changed(llama, tmp_path / "model", (absent,), **mistral)
-    with pytest.raises(CheckpointError) as refusal:
+    folder = changed(llama, tmp_path / "model", **MISTRAL, **window)
+    said: list[str] = []
+    convert(plan_conversion(folder, None), tmp_path / "model.nemo", said.append)
+    assert read_config(tmp_path / "model.nemo").get("window_size") == (expected and [expected - 1, 0])
+    named = [line for line in said if f"sliding_window is {expected}" in line]
+    assert len(named) == (expected is not None)
+    assert all(("the default of MistralForCausalLM" in line) == without for line in named)
+    back = export_quietly(tmp_path / "model.nemo", tmp_path / "back")
+    assert json.loads((back / "config.json").read_text())["sliding_window"] == expected
+
+
+def test_absent_key_value_heads_of_mistral_are_those_of_its_class(llama: Path, tmp_path: Path) -> None:
+    folder = changed(llama, tmp_path / "model", ("num_key_value_heads",), **MISTRAL)
+    with pytest.raises(CheckpointError, match="num_key_value_heads 8"):
         plan_conversion(folder, None)
-    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(

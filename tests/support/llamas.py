@@ -19,6 +19,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,  # far below the length of the test's texts, so that scaling shows
 }
 MakeLlama = Callable[..., Path]
+# One small model of every row of `architectures`, with what sets it apart from a Llama.
+FAMILY: dict[str, dict[str, Any]] = {
+    "all biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"architecture": "MistralForCausalLM", "sliding_window": 24, "head_dim": 24},
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "head_dim": 32, "rope_theta": 1e6},
+    "phi3": {"architecture": "Phi3ForCausalLM", "sliding_window": None, "pad_token_id": 0},
+}
 
 
 def convert_quietly(folder: Path, out: Path, precision: str | None = None) -> Path:
