@@ -215,6 +215,8 @@ def architecture_of(raw: Mapping[str, Any]) -> Architecture:
         Unsupported: it names no class, several, or one that is not in the table.
     """
     named = raw.get("architectures")
+    if named is None and "_class_name" in raw:
+        raise Unsupported(f"a part of a diffusion pipeline ({shown(raw['_class_name'])}), not a language model")
     known = f"nown are {', '.join(BY_NAME)}"
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         if named is None and (of_type := [row for row in ROWS if row.model_type == raw.get("model_type")]):

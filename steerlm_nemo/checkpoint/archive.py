@@ -79,11 +79,14 @@ class NemoFile:
         """A member as a seekable file, without extracting anything where the archive is not compressed.
 
         Raises:
-            CheckpointError: there is no such member.
+            CheckpointError: there is no such member, or it cannot be read.
         """
         if name not in self.members:
             raise CheckpointError(f"{self.path}: has no member {name}. Members: {', '.join(sorted(self.members)[:8])}")
-        return self._open(name)
+        try:
+            return self._open(name)
+        except OSError as err:
+            raise CheckpointError(f"{self.path}/{name}: cannot be read: {err.strerror or err}") from err
 
     def read(self, name: str) -> bytes:
         """A whole member. Raises CheckpointError if there is none of this name."""
@@ -134,7 +137,7 @@ def open_nemo(path: str | Path) -> Iterator[NemoFile]:
                 _require_unpacked(path)
                 opened = _open_folder(path)
             except OSError as err:
-                raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}") from err
+                raise CheckpointError(f"{err.filename or path}: cannot be read: {err.strerror or err}") from err
             yield opened
             return
         try:
@@ -248,9 +251,13 @@ def _require_unpacked(folder: Path) -> None:
         raise CheckpointError(f"{folder}: has no {CONFIG_NAME}, so it is not a .nemo: {found}")
 
 
+def _raise(err: OSError) -> None:
+    raise err
+
+
 def _open_folder(folder: Path) -> NemoFile:
     members = {}
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=_raise):
         for name in sorted([*folders, *files]):
             entry = Path(root, name)
             if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):

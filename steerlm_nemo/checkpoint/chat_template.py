@@ -66,6 +66,8 @@ def _text(data: bytes, where: str) -> str:
 def _checked(template: Any, where: str) -> str | None:
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{where} is {type(template).__name__}, not a text")
+    if template is not None and template.startswith("version https://git-lfs"):
+        raise CheckpointError(f"{where}: a pointer of git-lfs, not the template itself; run `git lfs pull`")
     if template is not None and len(template) > MAX_CHARACTERS:
         raise CheckpointError(f"{where}: has {len(template)} characters; at most {MAX_CHARACTERS} are read")
     return template if template and template.strip() else None

@@ -200,10 +200,15 @@ def convert(
 
 def _passed_over(tensors: dict[str, TensorPlace]) -> list[str]:
     """That other weights lie beside those converted."""
+    notes = []
     index = next(iter(tensors.values())).path.with_name(INDEX_OF_SHARDS)
-    if index.with_name(SINGLE).is_file() and index.is_file():
-        return [f"{SINGLE} is converted, as transformers would load it; {index.name} and its shards are passed over"]
-    return []
+    if index.with_name(SINGLE).exists() and index.exists():
+        notes.append(
+            f"{SINGLE} is converted, as transformers would load it; {index.name} and its shards are passed over"
+        )
+    if index.with_name("adapter_config.json").exists():
+        notes.append("the adapter beside the weights is passed over; merge it with peft (merge_and_unload) to have it")
+    return notes
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from steerlm_nemo.model_kind import KINDS, PROVENANCE_KEY, SteerLMFormat
 _ARCHITECTURE_KEYS = (
     *("target", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("encoder_seq_length", "rotary_base", "seq_len_interpolation_factor", "scale_positional_embedding"),
-    *("share_embeddings_and_output_weights", "make_vocab_size_divisible_by"),
+    *("share_embeddings_and_output_weights", "make_vocab_size_divisible_by", "bias", "qkv_bias", "qk_layernorm"),
+    "window_size",
 )  # fmt: skip
 _PARALLEL_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 _SMALL_BYTES = 64 * 2**20  # hashed without being asked; weights only with `verify`

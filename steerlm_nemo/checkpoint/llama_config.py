@@ -42,6 +42,13 @@ _LLAMA3_KEYS = {  # Hugging Face name -> NeMo name
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "old_context_len",
 }
+_ROPE_ADVICE = {
+    "dynamic": ". Up to max_position_embeddings tokens it is the default: set rope_scaling to null for these",
+    "yarn": ". Where it was put in for long texts only (Qwen's advice), take it out, and set max_position_embeddings "
+    "to original_max_position_embeddings",
+    "longrope": ". The models of the same family with a short context have none",
+    "su": ". The models of the same family with a short context have none",
+}
 _NEWER_KEYS = ("rope_parameters", "dtype")  # of transformers 5: rope_theta and rope_scaling, torch_dtype
 _NOT_EXPORTED = (*_NEWER_KEYS, "auto_map")  # the code that auto_map names is not carried
 
@@ -233,7 +240,8 @@ def _problems(config: HFConfig) -> list[str]:
             problems.append(f"partial_rotary_factor is {rotary}; only 1.0 is known")
     needed = {"default": (), "linear": ("factor",), "llama3": tuple(_LLAMA3_KEYS)}.get(str(rope["rope_type"]))
     if needed is None:
-        problems.append(f"rope type is {rope['rope_type']!r}; only default, linear and llama3 are known")
+        advice = _ROPE_ADVICE.get(str(rope["rope_type"]), "")
+        problems.append(f"rope type is {rope['rope_type']!r}; only default, linear and llama3 are known{advice}")
     elif absent := [key for key in needed if key not in rope]:
         problems.append(f"rope type {rope['rope_type']} lacks {', '.join(absent)}")
     else:

@@ -136,6 +136,13 @@ def _of_one_kind(pattern: str, text: str) -> Callable[[Path], str | None]:
     return look
 
 
+def _weights_alone(folder: Path) -> str | None:
+    found = sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin")))
+    if not found or (folder / "config.json").exists():
+        return None
+    return f"holds {found[0].name}, but no config.json that says what model it is of; get the whole folder"
+
+
 def _checkpoints(folder: Path) -> str | None:
     inside = [entry for entry in folder.iterdir() if entry.is_dir() and (entry / "config.json").exists()]
     if not inside:
@@ -168,4 +175,5 @@ _FOLDERS: tuple[Callable[[Path], str | None], ...] = (
     _of_one_kind("*.distcp", f"a distributed checkpoint of training. Load it with what made it and {_SAVE}"),
     _of_one_kind("model.safetensors.index.json.*", "a download that did not end; download it again"),
     _checkpoints,
+    _weights_alone,
 )

@@ -17,7 +17,7 @@ from typing import Any
 
 from steerlm_nemo.checkpoint.archive import NemoFile
 from steerlm_nemo.checkpoint.beside import json_of, read_if_there
-from steerlm_nemo.checkpoint.chat_template import CHAT_TEMPLATE, TOKENIZER_CONFIG
+from steerlm_nemo.checkpoint.chat_template import CHAT_TEMPLATE, TOKENIZER_CONFIG, chat_template_of
 from steerlm_nemo.errors import CheckpointError, InputError
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_sentencepiece
 
@@ -76,6 +76,24 @@ def find_tokenizer(folder: Path) -> TokenizerFiles:
     """
     found_files = {name: read_if_there(folder / name) for name in PACKED_NAMES}
     files = {name: data for name, data in found_files.items() if data is not None}
+    chosen = _choose(folder, files)
+    return dataclasses.replace(chosen, notes=(*chosen.notes, *_notes_on_template(folder, files)))
+
+
+def _notes_on_template(folder: Path, files: dict[str, bytes]) -> tuple[str, ...]:
+    notes = []
+    try:
+        named = json_of(folder / TOKENIZER_CONFIG, files.get(TOKENIZER_CONFIG, b"{}")).get("chat_template")
+        if chat_template_of(files, "") is None and named:
+            notes.append(f"chat_template of {TOKENIZER_CONFIG} has no default template; it is carried, but not used")
+    except CheckpointError as err:
+        notes.append(f"its chat template is carried as it is, but cannot be used: {err}")
+    if others := sorted(path.name for path in folder.glob("additional_chat_templates/*")):
+        notes.append(f"not carried over: additional_chat_templates ({', '.join(others)})")
+    return tuple(notes)
+
+
+def _choose(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
     if SENTENCEPIECE in files:
         try:
             model = load_sentencepiece(folder / SENTENCEPIECE, files[SENTENCEPIECE])

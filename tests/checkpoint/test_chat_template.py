@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from llamas import convert_quietly, export_quietly
 
 from steerlm_nemo.checkpoint.archive import extract_nemo
 from steerlm_nemo.checkpoint.chat_template import MAX_CHARACTERS, read_chat_template
+from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
 from steerlm_nemo.errors import CheckpointError
 
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %} 你好\n"
@@ -72,14 +74,28 @@ def test_a_chat_template_is_carried_and_read_as_transformers_reads_it(
         ("x" * (MAX_CHARACTERS + 1), None, r"chat_template\.jinja: has 1048577 characters"),
         ("x" * (4 * MAX_CHARACTERS + 1), None, r"chat_template\.jinja: has 4194305 bytes"),
         (None, "x" * (MAX_CHARACTERS + 1), r"chat_template: has 1048577 characters"),
+        ("version https://git-lfs.github.com/spec/v1\n", None, r"chat_template\.jinja: a pointer of git-lfs"),
         (None, 5, r"tokenizer_config\.json: chat_template is int, not a text"),
         (None, [1], r"chat_template is a list, but not one of names and templates"),
         (None, [{"name": "default", "template": {}}], r"chat_template is dict, not a text"),
     ],
 )
-def test_what_is_no_template_is_refused_by_name(
+def test_what_is_no_template_is_named_by_conversion_and_refused_where_it_is_wanted(
     llama: Path, tmp_path: Path, jinja: str | bytes | None, config: Any, message: str
 ) -> None:
-    unpacked = extract_nemo(convert_quietly(llama, tmp_path / "model.nemo"), tmp_path / "unpacked")
+    said: list[str] = []
+    source = with_template(llama, tmp_path / "changed", jinja, config)
+    convert(plan_conversion(source, None), tmp_path / "model.nemo", said.append)
+    if "bytes" not in message:
+        assert re.search(message, said[0]), said
     with pytest.raises(CheckpointError, match=message):
-        read_chat_template(with_template(unpacked, tmp_path / "changed", jinja, config))
+        read_chat_template(tmp_path / "model.nemo")
+
+
+def test_templates_that_are_not_used_are_named(llama: Path, tmp_path: Path) -> None:
+    source = with_template(llama, tmp_path / "model", None, NAMED[:1])
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text(OTHER)
+    said: list[str] = []
+    convert(plan_conversion(source, None), tmp_path / "model.nemo", said.append)
+    assert "has no default template" in said[0] and "not carried over: additional_chat_templates (rag.jinja)" in said[1]

@@ -17,7 +17,7 @@ from llamas import MakeLlama, convert_quietly, export_quietly
 from safetensors.torch import load_file
 
 from steerlm_nemo.checkpoint.archive import extract_nemo, read_config
-from steerlm_nemo.checkpoint.from_hf import plan_conversion
+from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
 from steerlm_nemo.errors import CheckpointError, InputError
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"  # noqa: E501
@@ -169,8 +169,9 @@ def test_a_file_that_is_there_and_cannot_be_read_is_one_message(
     folder = shutil.copytree(llama, tmp_path / "model")
     (folder / "tokenizer_config.json").write_text("{}")
     spoil(folder / name)
-    if spoil is as_pointer and name == "chat_template.jinja":
-        pytest.skip("a text like any other")
+    if spoil is as_pointer and name == "chat_template.jinja":  # the model does without it
+        assert "a pointer of git-lfs" in plan_conversion(folder, None).tokenizer.notes[0]
+        return
     with pytest.raises(InputError, match=name):
         plan_conversion(folder, None)
 
@@ -331,6 +332,8 @@ ADAPTER = json.dumps({"base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "pe
         (weights_only("consolidated.00.pth"), ("as Meta packs them", "convert_llama_weights_to_hf.py")),
         (one_file("consolidated.00.pth"), ("as Meta packs them", "convert_llama_weights_to_hf.py")),
         (weights_only("model_index.json", b"{}"), ("a diffusion pipeline",)),
+        (weights_only("config.json", b'{"_class_name": "UNet2DConditionModel"}'), ("a part of a diffusion pipeline",)),
+        (weights_only("sd_xl_base_1.0.safetensors"), ("holds sd_xl_base_1.0.safetensors, but no config.json",)),
         (beside_config("tf_model.h5"), ("weights of TensorFlow", "from_tf=True")),
         (beside_config("flax_model.msgpack"), ("weights of Flax", "from_flax=True")),
         (beside_config("model.safetensors", LFS), ("a pointer of git-lfs", "git lfs pull")),
@@ -373,6 +376,26 @@ def test_what_is_no_nemo_is_named_with_what_to_do(
     with pytest.raises(CheckpointError) as refusal:
         read_config(given)
     assert all(message in str(refusal.value) for message in messages), str(refusal.value)
+
+
+def test_an_adapter_beside_whole_weights_is_named(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "model")
+    (folder / "adapter_config.json").write_bytes(ADAPTER)
+    said: list[str] = []
+    convert(plan_conversion(folder, None), tmp_path / "model.nemo", said.append)
+    assert "the adapter beside the weights is passed over" in said[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("name", ["model_config.yaml", "tokenizer.model", "model_weights"])
+def test_an_unpacked_nemo_that_cannot_be_read_is_one_message(llama_nemo: Path, tmp_path: Path, name: str) -> None:
+    folder = extract_nemo(llama_nemo, tmp_path / "folder")
+    (folder / name).chmod(0)
+    try:
+        with pytest.raises(CheckpointError, match=rf"{name}|folder: cannot be read: Permission denied"):
+            export_quietly(folder, tmp_path / "back")
+    finally:
+        (folder / name).chmod(0o755)
 
 
 def test_a_nemo_of_another_kind_is_named(llama_nemo: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wide heads": {"head_dim": 32},
 }
 SAVED = ("gqa", "tied", "stories", *FAMILY)
+KNOWN_TO_STOCK = ("mistral", "qwen2", "qwen3")  # beside Llamas, by keys of their own
 # A `.nemo` with the same weights whose config lacks what its architecture has beside a Llama's.
 WITHOUT = {
     "qwen2 without biases": ("qwen2", ("qkv_bias",)),
@@ -144,7 +145,7 @@ def ran(
     loaded_by_stock = text | {"nemo": str(nemo_files["gqa"]), "logits": str(folder / "by stock.logits"), "save": stock}
     of_family = [
         text | {"nemo": str(nemo_files[name]), "logits": str(folder / f"{name} by stock.logits"), "save": {}}
-        for name in FAMILY
+        for name in KNOWN_TO_STOCK
     ]
     (folder / "stock.json").write_text(json.dumps([loaded_by_stock, *of_family]))
     assert launch_ranks([str(STOCK_WORKER), str(folder / "stock.json")], request.param) == 0
@@ -195,7 +196,7 @@ def test_what_an_architecture_has_beside_a_llama_is_not_left_out(ran: tuple[Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", KNOWN_TO_STOCK)
 def test_stock_nemo_computes_the_same_from_every_architecture(ran: tuple[Path, dict[str, Path]], name: str) -> None:
     folder, sources = ran
     ours, theirs = load_file(folder / f"{name} by stock.logits")["text"], hf_logits(sources[name])
