@@ -4,7 +4,8 @@
     python scripts/steered_inference.py --prompt="What is a dog?" --attributes=quality:4,humor:0
 
 Many at once: --input_file prompts.jsonl, one {"prompt": "..."} or {"messages": [...]} a line, each with
-"attributes": {...} and "system": "..." of its own if it wants them.
+"attributes": {...} and "system": "..." of its own if it wants them. Stopped or killed, it goes on where it was when the
+same command is run again.
 """
 
 import argparse
@@ -30,8 +31,11 @@ def parse_args() -> argparse.Namespace:
     flag("random_seed", type=int, help="of the sampling")
     flag("input_file", help="JSONL of prompts or messages, instead of --prompt")
     flag("output_file", help="JSONL: the input records with `response` and `response_attributes` added")
+    flag("endpoints", help="HOST:PORT,HOST:PORT,...: several servers of one model share the work; instead of the two")
     flag("batch_size", type=int, default=8, help="records of --input_file per request")
-    flag("retries", type=int, default=3, help="how often a request is sent again, with growing pauses")
+    flag("concurrency", type=int, default=16, help="requests under way at a time, per server")
+    flag("allow_rejected", action="store_true", help="finish without records that cannot be answered")
+    flag("retries", type=int, default=8, help="how often a request is sent again, with growing pauses")
     flag("timeout_s", type=float, default=600.0, help="seconds to wait for one answer")
     args = parser.parse_args()
     if (args.prompt is None) == (args.input_file is None):
@@ -47,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from steerlm_nemo.client.pool import ServerPool
+    from steerlm_nemo.client.pool import ServerPool, parse_endpoints
     from steerlm_nemo.conversation import SYSTEM_PROMPT
     from steerlm_nemo.steering.steer import Sampling, parse_attributes, steer, steer_file
 
@@ -55,15 +59,24 @@ def main() -> None:
     sampling = Sampling(args.tokens_to_generate, args.greedy, random_seed=args.random_seed, **given)
     attributes = parse_attributes(args.attributes)
     system = SYSTEM_PROMPT if args.system is None else args.system
-    with ServerPool([(args.host, args.port_num)], args.timeout_s, args.retries) as servers:
+    addresses = parse_endpoints(args.endpoints) if args.endpoints else [(args.host, args.port_num)]
+    with ServerPool(addresses, args.timeout_s, args.retries, args.concurrency) as servers:
         if args.prompt is not None:
             response = steer(args.prompt, attributes, servers, system=system, sampling=sampling)
             print(response.text)
             return
-        num_records = steer_file(
-            args.input_file, args.output_file, attributes, servers, args.batch_size, system=system, sampling=sampling
+        done = steer_file(
+            args.input_file,
+            args.output_file,
+            attributes,
+            servers,
+            args.batch_size,
+            system=system,
+            sampling=sampling,
+            allow_rejected=args.allow_rejected,
         )
-    print(f"{num_records} responses written to {args.output_file}")
+    print(done.text())
+    print(f"{args.output_file} written; {servers.num_requests} requests, {servers.num_retries} of them retries")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an annotation run has finished so far, kept so that a killed run goes on where it was.
+"""What a run over a file has finished so far, kept so that a killed run goes on where it was.
 
 `OUTPUT.progress.jsonl`: a first line with the settings of the run, then one line per finished record::
 
@@ -6,7 +6,7 @@
     {"line": 8, "sha256": "...", "counts": {...}, "record": {...}}
 
 Records are known by input line and hash of its bytes, never by their text: equal conversations stay apart, and an
-edited line is annotated again. A line torn by a kill is dropped.
+edited line is asked about again. A line torn by a kill is dropped.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Journal:
         self._entries[line.ref.line] = (_hash(line), self._append(entry))
 
     def get(self, line: RawLine) -> tuple[dict[str, Any], Counter[str]] | None:
-        """The annotated record and its counts, if this very record is finished."""
+        """The finished record and its counts, if this very record is finished."""
         if not self.has(line):
             return None
         self._file.seek(self._entries[line.ref.line][1])

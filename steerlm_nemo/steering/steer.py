@@ -7,21 +7,22 @@ as it was sent (D-32), without its end marker.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from steerlm_nemo.attributes import Attributes
+from steerlm_nemo.client.job import Done, Words, require_sound, working_through
 from steerlm_nemo.client.pool import ServerPool
 from steerlm_nemo.conversation import SYSTEM_PROMPT
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.messages import conversation_of
 from steerlm_nemo.model_kind import CHAT, SteerLMFormat
-from steerlm_nemo.outputs import require_writable
-from steerlm_nemo.records import atomic_output, dump_record, read_records
+from steerlm_nemo.records import RawLine, dump_record
+
+WORDS = Words("steer", "answered", "no response", "", "--output_file")
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,24 @@ def respond(
     servers: ServerPool, served: SteerLMFormat, requests: Sequence[Request], sampling: Sampling
 ) -> list[SteeredResponse]:
     """Responses to several (messages, attributes, system), asked for in one HTTP request."""
-    lines = [served.schema.complete(attributes) for _, attributes, _ in requests]
-    prompts = [
-        served.steering_prompt(conversation_of(messages, line, served.schema, system), line)
-        for (messages, _, system), line in zip(requests, lines, strict=True)
-    ]
+    asked = [_question(served, request) for request in requests]
+    texts = _texts(servers, served, [prompt for _, prompt in asked], sampling)
+    return [SteeredResponse(text, line, prompt) for text, (line, prompt) in zip(texts, asked, strict=True)]
+
+
+def _question(served: SteerLMFormat, request: Request) -> tuple[Attributes, str]:
+    """The full line of requested attributes, and the prompt. Raises InputError."""
+    messages, attributes, system = request
+    line = served.schema.complete(attributes)
+    return line, served.steering_prompt(conversation_of(messages, line, served.schema, system), line)
+
+
+def _texts(
+    servers: ServerPool, served: SteerLMFormat, prompts: Sequence[str], sampling: Sampling, home: int = 0
+) -> list[str]:
     markers = [served.template.turn_start, served.template.label_start]
-    generation = servers.generate(prompts, end_strings=markers, **sampling.body())
-    return [
-        SteeredResponse(served.template.response_text(completion), line, prompt)
-        for completion, line, prompt in zip(generation.completions, lines, prompts, strict=True)
-    ]
+    generation = servers.generate(prompts, home, end_strings=markers, **sampling.body())
+    return [served.template.response_text(completion) for completion in generation.completions]
 
 
 def steer_file(
@@ -121,49 +129,89 @@ def steer_file(
     *,
     system: str = SYSTEM_PROMPT,
     sampling: Sampling | None = None,
-) -> int:
-    """Respond to every record of a JSONL file; returns how many.
+    allow_rejected: bool = False,
+) -> Done:
+    """Respond to every record of a JSONL file, `batch_size` per request.
 
     A record has "prompt" or "messages", and may have "attributes" (they win over `attributes`) and "system". The
-    output repeats it with "response" and "response_attributes", the full line used. Every record is checked before
-    the first is asked for, and the output appears when all are answered.
+    output repeats it with "response" and "response_attributes", the full line used. `allow_rejected` completes it
+    without the records that cannot be answered (they stay in the reject file).
 
     Raises:
-        RecordError: a record cannot be used; the message starts with file:line.
         InputError, ServerError: as `steer`.
+        IncompleteError: as `working_through`.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, found {batch_size}")
-    require_writable(output_file)
-    records = list(read_records(input_file))
-    servers = connect(endpoint)
+    servers, sampling = connect(endpoint), sampling or Sampling()
+    source, output = require_sound(input_file, output_file, servers, batch_size)
     served = servers.require_format(CHAT)
-    requests = []
-    for ref, record in records:
+    served.schema.complete(attributes)  # or every record would be at fault
+    job = _Steering(servers, served, attributes, system, sampling)
+    settings = {"attributes": dict(attributes), "system": system, **sampling.body()}
+    done = Done(WORDS)
+    with working_through(
+        source, output, servers, served, job, settings, done, batch_size=batch_size, allow_rejected=allow_rejected
+    ):
+        return done
+
+
+@dataclass
+class _Asked:
+    """A record in work."""
+
+    line: RawLine
+    attributes: Attributes
+    prompt: str
+    response: str = ""
+
+
+class _Steering:
+    """The job: every record gets a response at its attributes."""
+
+    words = WORDS
+
+    def __init__(
+        self,
+        servers: ServerPool,
+        served: SteerLMFormat,
+        attributes: Mapping[str, int | str],
+        system: str,
+        sampling: Sampling,
+    ) -> None:
+        self._servers = servers
+        self._served = served
+        self._attributes = attributes
+        self._system = system
+        self._sampling = sampling
+
+    def begin(self, line: RawLine) -> _Asked:
+        record = line.require_record()
         try:
-            requests.append(_request(record, attributes, system))
-            messages, wanted, own_system = requests[-1]
-            conversation_of(messages, served.schema.complete(wanted), served.schema, own_system)
-        except InputError as err:
-            raise RecordError(ref, str(err)) from err
-    with atomic_output(output_file) as file, tqdm(total=len(records), unit="record", desc="steer") as progress:
-        for start in range(0, len(records), batch_size):
-            part = slice(start, start + batch_size)
-            responses = respond(servers, served, requests[part], sampling or Sampling())
-            for (_, record), response in zip(records[part], responses, strict=True):
-                done = {**record, "response": response.text, "response_attributes": response.attributes.line}
-                file.write(dump_record(done) + "\n")
-            progress.update(len(responses))
-    return len(records)
+            dump_record(record)
+            return _Asked(line, *_question(self._served, _request(record, self._attributes, self._system)))
+        except (InputError, ValueError, RecursionError) as err:
+            raise RecordError(line.ref, str(err)) from err
+
+    def order(self, item: _Asked) -> str:
+        return item.prompt
+
+    def ask(self, items: Sequence[_Asked]) -> None:
+        home = zlib.crc32(items[0].prompt.encode())
+        prompts = [item.prompt for item in items]
+        for item, text in zip(items, _texts(self._servers, self._served, prompts, self._sampling, home), strict=True):
+            item.response = text
+
+    def finish(self, item: _Asked) -> tuple[Mapping[str, Any], Mapping[str, int]]:
+        record = item.line.require_record()
+        return {**record, "response": item.response, "response_attributes": item.attributes.line}, {}
 
 
 def _request(record: Mapping[str, object], attributes: Mapping[str, int | str], system: str) -> Request:
     messages = record.get("messages", record.get("prompt"))
     own_attributes, own_system = record.get("attributes", {}), record.get("system", system)
     if not isinstance(messages, str | list) or not all(isinstance(message, str | Mapping) for message in messages):
-        raise InputError("a record needs 'prompt', a string, or 'messages', a list of objects")
+        raise InputError("wrong type: a record needs 'prompt', a string, or 'messages', a list of objects")
     if not isinstance(own_attributes, Mapping) or not isinstance(own_system, str):
-        raise InputError("'attributes' must be an object such as {\"quality\": 4}, and 'system' a string")
+        raise InputError("wrong type: 'attributes' must be an object such as {\"quality\": 4}, and 'system' a string")
     return messages, {**attributes, **own_attributes}, own_system
 
 

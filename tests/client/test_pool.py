@@ -243,7 +243,7 @@ def test_who_does_not_name_the_model_is_said_once_and_kept(tmp_path, capfd):
     threads.write(source, made)
     with live.run_app(stub_server.build_stub(only_generate=True)) as port:
         said = grade(source, output, [port], settings=COMPAT).text()
-    assert "graded by a model that its server does not name" in said
+    assert "by a model that its server does not name" in said
 
 
 def test_when_all_servers_are_gone_the_run_stops_with_exit_code_3_and_can_be_resumed(tmp_path, fast_retries):

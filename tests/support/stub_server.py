@@ -23,11 +23,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from steerlm_nemo.attributes import NEMO12_LANG, AttributeSchema
-from steerlm_nemo.model_kind import GRADER, MODEL_HEADER, SteerLMFormat
+from steerlm_nemo.model_kind import GRADER, MODEL_HEADER, STEERLM, SteerLMFormat
 from steerlm_nemo.template import EXTRA_ID_TEMPLATE
 
 CLIENT_TIMEOUT_S = 1.0  # of the tests that run behind faults
 FORMAT = SteerLMFormat(EXTRA_ID_TEMPLATE, NEMO12_LANG, GRADER)
+STEERED = SteerLMFormat(EXTRA_ID_TEMPLATE, NEMO12_LANG, STEERLM)
 
 
 def shares(text: str, key: str, schema: AttributeSchema) -> dict[str, float]:
@@ -57,6 +58,10 @@ def line(prompt: str, given: dict[str, Any], schema: AttributeSchema = NEMO12_LA
     return text, beliefs
 
 
+def response(prompt: str) -> str:
+    return f"It is {zlib.crc32(prompt.encode())}."
+
+
 def build_stub(
     identity: str = "stub-1",
     served: SteerLMFormat = FORMAT,
@@ -67,9 +72,14 @@ def build_stub(
     salt: str = "",
     pause_s: float = 0.0,
     dies_after: int | None = None,
+    longest: int = 4000,
 ) -> Starlette:
-    """`only_generate`: as NeMo's own server, which has no other call and tells nothing. `tells_model`: its answers name
-    their model. `salt`: makes it another model. `dies_after`: answers 503 to everything after so many model calls."""
+    """A value model, or a SteerLM model that answers a prompt with its checksum.
+
+    `only_generate`: as NeMo's own server, which has no other call and tells nothing. `tells_model`: its answers name
+    their model. `salt`: makes it another model. `dies_after`: answers 503 to everything after so many model calls.
+    `longest`: characters of a prompt that are accepted.
+    """
     asked: list[Any] = []
 
     def is_dead() -> bool:
@@ -106,10 +116,18 @@ def build_stub(
         )
 
     async def generate(request: Request) -> Response:
+        if is_dead():
+            return gone()
         body = json.loads(await request.body())
+        if (most := max(map(len, body["sentences"]))) > longest:
+            return JSONResponse({"message": f"sentences has one of {most} characters; {longest} are accepted"}, 400)
         asked.extend(body["sentences"])
+        await asyncio.sleep(pause_s)
         sentences = []
         for sentence in body["sentences"]:
+            if served.kind is STEERLM:
+                sentences.append(sentence + response(salt + sentence))
+                continue
             key = sentence.rpartition(",")[2].rpartition(served.template.label_start)[2].removesuffix(":")
             sentences.append(sentence + value(salt + sentence, key, served.schema))
         return answered({"sentences": sentences})
