@@ -21,13 +21,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from steerlm_nemo.data.sft_data import build_sft_data
     from steerlm_nemo.data.statistics import AttributeStatistics
+    from steerlm_nemo.record_report import SUFFIX, schema_facts, told_schema
     from steerlm_nemo.records import Accounting
 
+    told = schema_facts(told_schema(args.input_file))
     records = Accounting.beside(args.output_file, strict=args.strict)
     statistics = AttributeStatistics()
     build_sft_data(args.input_file, args.output_file, records, statistics, args.messages_file)
     attributes = {name: dict(sorted(counts.items())) for name, counts in statistics.counts.items()}
-    records.save(f"{args.output_file}.report.json", input_file=args.input_file, attributes=attributes)
+    records.save(f"{args.output_file}{SUFFIX}", input_file=args.input_file, **told, attributes=attributes)
     print(f"records: {records.summary()}")
     if args.verbose:
         print(statistics.table())

@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="cut off trailing turns that do not fit whole, down to the first target",
     )
     add("num_workers", type=int, default=1, help="processes that do the work; the output does not depend on it")
-    add("report", help="JSON file for the counts; default OUTPUT_FILE.report.json")
+    add("report", help="a second JSON file for the counts, which always are in OUTPUT_FILE.report.json, too")
     add("strict", action="store_true", help="stop at the first unusable record")
     add("compat", choices=("nemo1.23",), help="markers <extra_id_0/1/2> and standard output as NeMo's")
     return parser.parse_args(argv)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output_file,
         cleaner,
         records,
-        args.report or f"{args.output_file}.report.json",
+        args.report,
         on_record,
         args.num_workers,
     )

@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     flag("prompts_file", help="chat records; the first user text of each is a prompt")
     flag("responses_file", help="instead: answered requests, to be written as chat records for a value model")
     flag("output_file", required=True)
-    flag("schema", default="nemo12+lang", help="attributes to sweep: a preset or a YAML file")
+    flag("schema", help="attributes to sweep: a preset or a YAML file; default: those of PROMPTS_FILE, or nemo12+lang")
     flag("num_prompts", type=int, default=10, help="different prompts to use at most")
     flag("seed", type=int, default=1, help="of the other attributes' values")
     args = parser.parse_args()
@@ -34,16 +34,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from steerlm_nemo.attributes import load_schema
+    from steerlm_nemo.attributes import NEMO12_LANG, load_schema
     from steerlm_nemo.evaluation.steering_curves import first_prompts, plan, read_answers, to_grade
     from steerlm_nemo.outputs import require_writable
+    from steerlm_nemo.record_report import told_schema
     from steerlm_nemo.records import atomic_output, dump_record
 
     require_writable(args.output_file)
     if args.num_prompts < 1:
         raise InputError(f"--num_prompts is {args.num_prompts}; at least one is needed")
     if args.prompts_file is not None:
-        records = plan(first_prompts(args.prompts_file, args.num_prompts), load_schema(args.schema), args.seed)
+        schema = load_schema(args.schema) if args.schema else told_schema(args.prompts_file) or NEMO12_LANG
+        records = plan(first_prompts(args.prompts_file, args.num_prompts), schema, args.seed)
     else:
         records = to_grade(read_answers(args.responses_file))
     with atomic_output(args.output_file) as file:

@@ -11,7 +11,7 @@ each: shuffle, split, write, account.
 import sys
 
 from steerlm_nemo.attributes import Attributes
-from steerlm_nemo.errors import InputError, exit_with_message
+from steerlm_nemo.errors import InputError, exit_with_message, listed, shown
 from steerlm_nemo.flags import fire_as_typed
 
 
@@ -58,6 +58,7 @@ def preprocessing(
     from steerlm_nemo.data.options import Filters, Options
     from steerlm_nemo.data.preprocessing import preprocess
     from steerlm_nemo.data.sources.formats import HELPSTEER2_PAIRS
+    from steerlm_nemo.record_report import SUFFIX, schema_facts
     from steerlm_nemo.records import Accounting
 
     if compat not in ("", "nemo1.23"):
@@ -84,7 +85,8 @@ def preprocessing(
         labels_from=labels_from or None,
     )
     asked = {"type": type, "mask_role": mask_role, "split_ratio": split_ratio, "seed": seed, "compat": bool(compat)}
-    trees.save(f"{output_file_prefix}.report.json", input_file=input_file, **asked, **tally.as_dict())
+    asked.update(schema_facts(tally.schema))
+    trees.save(f"{output_file_prefix}{SUFFIX}", input_file=input_file, **asked, **tally.as_dict())
     print(f"lang values: {sorted(tally.languages)}")
     print(tally.summary(trees), file=sys.stderr if compat else sys.stdout)
     for part in ("train", "val"):
@@ -96,9 +98,8 @@ def preprocessing(
             "for process_to_regression_format.py only; data_clean.py and build_sft_data.py refuse them"
         )
     if foreign := tally.foreign_languages():
-        warn(
-            f"languages that schema {tally.schema.name} does not know: {' '.join(foreign)}; leave them out with --lang"
-        )
+        unknown = listed(foreign, " ")
+        warn(f"languages that schema {tally.schema.name} does not know: {unknown}; leave them out with --lang")
 
 
 def attributes_given(flag: str, line: str) -> Attributes:
@@ -106,7 +107,9 @@ def attributes_given(flag: str, line: str) -> Attributes:
     try:
         return Attributes.parse(line)
     except ValueError as err:
-        raise InputError(f"--{flag} is {line!r}; give an attribute line such as violence:0,humor:0: {err}") from err
+        raise InputError(
+            f"--{flag} is {shown(line)}; give an attribute line such as violence:0,humor:0: {err}"
+        ) from err
 
 
 def warn(message: str) -> None:

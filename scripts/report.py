@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     flag("graded_file", required=True, help="annotated JSONL of held-out turns")
     flag("responses_file", help="answered steering requests about the toy world")
     flag("graded_responses_file", help="instead: answered steering requests, graded by the value model")
-    flag("schema", default="nemo12+lang", help="attributes to report: a preset or a YAML file")
+    flag("schema", help="attributes to report: a preset or a YAML file; default: those of GRADED_FILE, or nemo12+lang")
     flag("output_dir", type=Path, required=True)
     flag("stages_file", help='JSON: {"name": seconds} of the stages before this one')
     flag("value_log_dir", help="the value model's explicit_log_dir, for its loss curve")
@@ -38,17 +38,18 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     started = time.monotonic()
     args = parse_args()
-    from steerlm_nemo.attributes import TOY6, load_schema
+    from steerlm_nemo.attributes import NEMO12_LANG, TOY6, load_schema
     from steerlm_nemo.evaluation import grading as value_model
     from steerlm_nemo.evaluation import steering_curves as steering
     from steerlm_nemo.evaluation.losses import read_losses
     from steerlm_nemo.outputs import require_writable
+    from steerlm_nemo.record_report import told_schema
     from steerlm_nemo.report import steerlm as report
     from steerlm_nemo.toy.world import read_attributes
 
-    schema = load_schema(args.schema)
     for name in report.FILES:
         require_writable(Path(args.output_dir, name))
+    schema = load_schema(args.schema) if args.schema else told_schema(args.graded_file) or NEMO12_LANG
     toy = args.responses_file is not None
     if toy and schema != TOY6:
         raise InputError("--responses_file is read by the toy world's reader, which knows --schema toy6 only")

@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from steerlm_nemo.errors import FormatMismatchError, InputError
+from steerlm_nemo.errors import FormatMismatchError, InputError, clipped, listed, shown
 
 LANG = "lang"
 
@@ -47,7 +47,7 @@ def items_of(line: str) -> Iterator[tuple[str, str]]:
     for item in line.strip().removesuffix(",").split(",") if line.strip() else ():
         key, colon, value = (part.strip() for part in item.partition(":"))
         if not colon or not key or key in seen:
-            raise ValueError(f"attribute item {item!r} is not a new key:value pair")
+            raise ValueError(f"attribute item {shown(item)} is not a new key:value pair")
         seen.add(key)
         yield key, value
 
@@ -66,14 +66,14 @@ class Attributes:
         for key, value in items_of(line):
             if _BRACKET.search(key + value) or not (key if key != LANG else value).isprintable():
                 raise ValueError(
-                    f"attribute item {key + ':' + value!r} has a character that could end the line or be a marker"
+                    f"attribute item {shown(key + ':' + value)} has a character that could end the line or be a marker"
                 )
             if key == LANG:
                 items.append((key, value))
             elif re.fullmatch(r"0|[1-9][0-9]{0,8}", value):
                 items.append((key, int(value)))
             else:
-                raise ValueError(f"attribute {key} has value {value!r}, which is not a whole number")
+                raise ValueError(f"attribute {clipped(key, 100)} has value {shown(value)}, which is not a whole number")
         return cls(tuple(items))
 
     @property
@@ -133,7 +133,7 @@ class AttributeSchema:
                 return tuple(str(value) for value in attribute.values())
         near = difflib.get_close_matches(key[:100], self.keys(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise InputError(f"unknown attribute {key[:100]!r}{hint} This model knows: {', '.join(self.keys())}")
+        raise InputError(f"unknown attribute {key[:100]!r}{hint} This model knows: {listed(self.keys())}")
 
     def check(self, attributes: Attributes) -> None:
         """Raise InputError if a key is unknown or a value is outside its range."""
@@ -141,7 +141,7 @@ class AttributeSchema:
             legal = self.legal_values(key)
             if str(value) not in legal:
                 span = f"{legal[0]} to {legal[-1]}" if key != LANG else "one of " + " ".join(legal)
-                raise InputError(f"attribute {key} is {value}, but it must be {span}")
+                raise InputError(f"attribute {key} is {shown(value)}, but it must be {span}")
 
     def known(self, attributes: Attributes) -> Attributes:
         """Those that this schema has, without `lang`.
@@ -203,22 +203,22 @@ class AttributeSchema:
             )
             schema._require_writable()
         except (KeyError, TypeError, ValueError, AttributeError) as err:
-            raise FormatMismatchError(f"not an attribute schema: {err}. Found: {dict(data)!r}") from err
+            raise FormatMismatchError(f"not an attribute schema: {err}. Found: {shown(dict(data))}") from err
         return schema
 
     def _require_writable(self) -> None:
         """Raise ValueError unless every attribute, at each of its values, can stand in an attribute line."""
         for attribute in self.attributes:
             if not isinstance(attribute.name, str):
-                raise ValueError(f"attribute name {attribute.name!r} is no text; put it in quotes")
+                raise ValueError(f"attribute name {shown(attribute.name)} is no text; put it in quotes")
             bounds = (attribute.minimum, attribute.default, attribute.maximum)
             if any(type(bound) is not int for bound in bounds) or list(bounds) != sorted(bounds):
                 raise ValueError(
-                    f"attribute {attribute.name!r} runs from {bounds[0]!r} to {bounds[2]!r} with default {bounds[1]!r};"
-                    " it needs whole numbers, the default between the others"
+                    f"attribute {shown(attribute.name)} runs from {shown(bounds[0])} to {shown(bounds[2])} with "
+                    f"default {shown(bounds[1])}; it needs whole numbers, the default between the others"
                 )
             if attribute.maximum - attribute.minimum >= _MOST_VALUES:
-                raise ValueError(f"attribute {attribute.name!r} has more than {_MOST_VALUES:,} values")
+                raise ValueError(f"attribute {shown(attribute.name)} has more than {_MOST_VALUES:,} values")
         items = [f"{attribute.name}:{attribute.minimum}" for attribute in self.attributes]
         for line in (",".join(items), *(f"{LANG}:{language}" for language in self.languages)):
             if Attributes.parse(line).line != line:
@@ -226,7 +226,7 @@ class AttributeSchema:
             if not line:
                 raise ValueError("it has no attributes")
         if any(not isinstance(language, str) or "," in language for language in self.languages):
-            raise ValueError(f"languages are texts without commas, found {self.languages!r}")
+            raise ValueError(f"languages are texts without commas, found {shown(self.languages)}")
         if LANG in self.names:
             raise ValueError(f"{LANG!r} is no attribute; list its values under 'languages'")
 
@@ -292,10 +292,12 @@ def load_schema(name_or_path: str) -> AttributeSchema:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise InputError(f"attribute schema {path}: {err.strerror}") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
         raise InputError(f"{path}: not YAML: {err}") from err
     if not isinstance(data, Mapping):
-        raise InputError(f"{path}: an attribute schema has the keys name, attributes and languages; found {data!r}")
+        raise InputError(
+            f"{path}: an attribute schema has the keys name, attributes and languages; found {shown(data)}"
+        )
     return AttributeSchema.from_dict(data)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import reprlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,10 +20,52 @@ EXIT_INCOMPLETE = 3
 EXIT_INTERRUPTED = 130
 
 
+MOST_CHARACTERS = 3500  # of a message
+_MOST_OF_REASON = 1000  # why one record cannot be used: a message may hold several
+_MOST_OF_VALUE = 400
+_MOST_SHOWN = 20  # keys, names, items
+
+
+def clipped(text: str, most: int = MOST_CHARACTERS) -> str:
+    """The text, without its middle where it is longer: a message ends with what to do next."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    start = most - end
+    return f"{text[:start]} ... ({len(text) - most:,} characters) ... {text[-end:]}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _MOST_SHOWN
+_SHORT.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: short, however long or deep it is."""
+    text = _SHORT.repr(value)
+    if isinstance(value, list | tuple | dict) and len(value) > _MOST_SHOWN:
+        text = f"{text[:-1].removesuffix(', ...')} and {len(value) - _MOST_SHOWN:,} more{text[-1]}"
+    return clipped(text, _MOST_OF_VALUE)
+
+
+def listed(names: Iterable[object], separator: str = ", ", most: int = _MOST_SHOWN) -> str:
+    """Names, or whatever has a text, in a message: `a, b, c and 4,997 more`."""
+    texts = [clipped(str(name), 100) for name in names]
+    more = len(texts) - most
+    return separator.join(texts[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 class SteerLMError(Exception):
-    """Base of every error a user can cause; `exit_code` is what the process ends with."""
+    """Base of every error a user can cause; `exit_code` is what the process ends with.
+
+    However long what it quotes, its text has a bound.
+    """
 
     exit_code = EXIT_BAD_INPUT
+
+    def __str__(self) -> str:
+        return clipped(super().__str__())
 
 
 class InputError(SteerLMError):
@@ -33,17 +75,25 @@ class InputError(SteerLMError):
 class RecordError(SteerLMError):
     """One record that cannot be used: where it stands, and why it cannot.
 
-    The message starts with the place (`file:3: ...`, `file:3 turn 2: ...`); `reason` is what follows `file:3`.
+    The message starts with the place (`file:3: ...`, `file:3 turn 2: ...`); `reason` is what follows `file:3`, and
+    `problem` what follows the place.
     """
 
     def __init__(self, ref: RecordRef, problem: str, turn: int | None = None) -> None:
+        problem = clipped(problem, _MOST_OF_REASON)
         super().__init__(ref, problem, turn)  # all of them: an exception is pickled by its arguments
         self.ref = ref
         self.turn = turn
+        self.problem = problem
         self.reason = problem if turn is None else f"turn {turn}: {problem}"
 
+    @property
+    def place(self) -> str:
+        """`file:3`, or `file:3 turn 2`."""
+        return str(self.ref) if self.turn is None else f"{self.ref} turn {self.turn}"
+
     def __str__(self) -> str:
-        return f"{self.ref}: {self.reason}" if self.turn is None else f"{self.ref} {self.reason}"
+        return clipped(f"{self.place}: {self.problem}")
 
 
 class ConfigError(SteerLMError):
@@ -66,16 +116,6 @@ class IncompleteError(SteerLMError):
     """The work ended, but some records are missing; the message counts them and names the reject file."""
 
     exit_code = EXIT_INCOMPLETE
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-_SHORT.maxlist = _SHORT.maxdict = 30
-
-
-def shown(value: object) -> str:
-    """A value as a message quotes it: short, however long or deep it is."""
-    return _SHORT.repr(value)
 
 
 def exit_with_message(main: Callable[[], None], *, tidy: bool = False) -> None:

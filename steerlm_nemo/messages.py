@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from steerlm_nemo.attributes import Attributes, AttributeSchema
 from steerlm_nemo.conversation import ASSISTANT, TEXT_TO_VALUE, USER, VALUE_TO_TEXT, Conversation, RecordRef, Turn
-from steerlm_nemo.errors import InputError
+from steerlm_nemo.errors import InputError, shown
 
 ROLES = {"user": USER, "assistant": ASSISTANT}
 Messages = Sequence[Mapping[str, object]]
@@ -49,13 +49,14 @@ def _turns(
     for index, message in enumerate(messages):
         role, content, own = message.get("role"), message.get("content"), message.get("attributes")
         if not isinstance(content, str):
-            raise InputError(f"message {index}: 'content' must be a string, found {content!r}")
+            raise InputError(f"message {index}: 'content' must be a string, found {shown(content)}")
         if role == "system" and index == 0:
             system = content
             continue
         if not isinstance(role, str) or role not in ROLES:
             raise InputError(
-                f"message {index}: role {role!r} is not known here; use user and assistant (system for the first only)"
+                f"message {index}: role {shown(role)} is not known here; use user and assistant (system for the first "
+                "only)"
             )
         if own is not None and not isinstance(own, Mapping):
             raise InputError(f"message {index}: 'attributes' must be an object such as {{'quality': 4}}")

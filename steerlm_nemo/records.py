@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from steerlm_nemo.conversation import RecordRef, dump_json
-from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.errors import InputError, RecordError, listed
 from steerlm_nemo.outputs import remove_earlier, replacing, target_of
 
 
@@ -45,19 +46,46 @@ def require_file(path: str | Path) -> Path:
     """The path, if it is a file that can be read. Raises InputError otherwise, saying what is there instead."""
     path = Path(path)
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise InputError(f"{path} is a directory; a file is needed here")
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
+        if not stat.S_ISREG(mode):  # a pipe, as of `<(zcat ...)`, can be read once only
+            raise InputError(f"{path} is no regular file but {_other_kind(mode)}; save its content to a file first")
         path.open("rb").close()
-    except OSError as err:
+    except FileNotFoundError as err:
+        target = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
+        raise InputError(f"{path}: no such file{target}") from err
+    except (OSError, ValueError) as err:
         raise unreadable(path, err) from err
     return path
 
 
-def unreadable(path: str | Path, err: OSError) -> InputError:
-    """What to say of a file or directory that is there and does not let itself be read."""
-    return InputError(f"{path}: cannot be read: {err.strerror or err}. Check its permissions, or give a copy of it.")
+def _other_kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def read_whole(path: str | Path) -> bytes:
+    """The content of a small file. Raises InputError."""
+    path = require_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise unreadable(path, err) from err
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value that a small file holds. Raises InputError."""
+    try:
+        return json.loads(read_whole(path).decode("utf-8"))
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"{path}: not JSON: {err}") from err
+
+
+def unreadable(path: str | Path, err: OSError | ValueError) -> InputError:
+    """What to say of a file or directory that is there and does not let itself be read, or of a name of none."""
+    reason = getattr(err, "strerror", None) or err
+    return InputError(f"{path}: cannot be read: {reason}. Check its permissions, or give a copy of it.")
 
 
 def read_lines(path: str | Path) -> Iterator[RawLine]:
@@ -291,6 +319,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+_TURN = re.compile(r"^turn \d+: ")  # a reason is the same whichever turn has it
+
+
 @dataclass
 class Accounting:
     """Where every record read has gone. Rejected records are kept in a file beside the output.
@@ -304,7 +335,8 @@ class Accounting:
     outputs: tuple[Path, ...] = ()  # what the records are written to
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    first_rejected: str | None = None  # with its place
+    first_rejected: str | None = None  # place and reason
+    first_filtered: str | None = None
     _file: IO[str] | None = None
     _earlier: Path | None = None  # the reject file of outputs that are there
 
@@ -338,9 +370,10 @@ class Accounting:
     def written(self) -> None:
         self.counts["written"] += 1
 
-    def filtered(self, reason: str) -> None:
+    def filtered(self, ref: RecordRef, reason: str) -> None:
         """Left out because the user asked for it (a filter, a length limit)."""
         self.counts["filtered"] += 1
+        self.first_filtered = self.first_filtered or f"{ref}: {reason}"
         self.reasons[reason] += 1
 
     def rejected(self, ref: RecordRef, reason: str, raw: bytes) -> None:
@@ -348,7 +381,7 @@ class Accounting:
         if self.strict:
             raise RecordError(ref, reason)
         self.counts["rejected"] += 1
-        self.reasons[reason.split(":")[0]] += 1
+        self.reasons[_TURN.sub("", reason).split(":")[0]] += 1
         if self._file is None:
             self.first_rejected = f"{ref}: {reason}"
             self.rejects_path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +404,7 @@ class Accounting:
 
     def reasons_text(self) -> str:
         """The reasons for what was left out, the most frequent first, with how often each occurred."""
-        return "; ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common())
+        return listed((f"{reason}: {count}" for reason, count in self.reasons.most_common()), "; ")
 
     def summary(self) -> str:
         """Counts that add up to the records read, reasons, and the reject file if there is one."""
@@ -381,6 +414,9 @@ class Accounting:
         )
         if self.reasons:
             text += f" ({self.reasons_text()})"
+        first = self.first_rejected or (None if self.counts["written"] else self.first_filtered)
+        if first is not None:
+            text += f". The first one: {first}"
         if self.counts["rejected"]:
             text += f"; rejected records are in {self.rejects_path}"
         return text

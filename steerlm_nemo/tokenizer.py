@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.records import read_whole
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -22,7 +23,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | Path, model: bytes | None = None) -> None:
         """`model` is the content of the file, where that is at hand."""
-        self._model = _read_model(path) if model is None else model
+        self._model = read_whole(path) if model is None else model
         self._start = load_sentencepiece(path, self._model)
         self._continuation = load_sentencepiece(path, self._model)
         self._continuation.override_normalizer_spec(add_dummy_prefix=False)
@@ -161,12 +162,6 @@ class HuggingFaceTokenizer:
 
     def id_to_piece(self, token_id: int) -> str:
         return self._tokenizer.convert_ids_to_tokens(token_id)
-
-
-def _read_model(path: str | Path) -> bytes:
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such SentencePiece model file")
-    return Path(path).read_bytes()
 
 
 def load_sentencepiece(path: str | Path, model: bytes) -> sentencepiece.SentencePieceProcessor:

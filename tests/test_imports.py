@@ -22,6 +22,7 @@ ORDER = (
         "attributes",
         "conversation",
         "records",
+        "record_report",
         "messages",
         "template",
         "tokenizer",

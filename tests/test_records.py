@@ -132,7 +132,7 @@ def test_the_sums_add_up_to_what_was_read(tmp_path_factory, fates):
             if fate == "written":
                 records.written()
             elif fate == "filtered":
-                records.filtered("too long")
+                records.filtered(RecordRef("in.jsonl", number), "too long")
             else:
                 records.rejected(RecordRef("in.jsonl", number), "not JSON: odd", b"{")
     assert records.summary().startswith(

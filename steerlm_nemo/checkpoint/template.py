@@ -10,7 +10,7 @@ import yaml
 from steerlm_nemo.checkpoint.archive import read_config
 from steerlm_nemo.errors import ConfigError, InputError
 from steerlm_nemo.model_kind import SteerLMFormat
-from steerlm_nemo.records import require_file
+from steerlm_nemo.records import read_whole
 from steerlm_nemo.template import ChatTemplate
 
 
@@ -29,8 +29,8 @@ def template_from(path: str | Path) -> ChatTemplate:
     path = Path(path)
     if path.suffix in (".yaml", ".yml"):
         try:
-            config = yaml.safe_load(require_file(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as err:
+            config = yaml.safe_load(read_whole(path))
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
             raise InputError(f"{path}: not plain YAML: {err}") from err
         if not isinstance(config, dict):
             raise InputError(f"{path}: a configuration with keys is needed, found {type(config).__name__}")

@@ -28,6 +28,7 @@ from steerlm_nemo.client.server import RequestRefusedError, UnreachableError, na
 from steerlm_nemo.errors import IncompleteError, InputError, RecordError, ServerError
 from steerlm_nemo.model_kind import SteerLMFormat
 from steerlm_nemo.outputs import require_writable
+from steerlm_nemo.record_report import SUFFIX, schema_facts
 from steerlm_nemo.records import (
     Accounting,
     RawLine,
@@ -195,6 +196,8 @@ def working_through(
                     done.num_records += 1
                     done.counts += counts
         done.seconds = time.monotonic() - start
+        accounting.counts["written"] = done.num_records
+        accounting.save(f"{output}{SUFFIX}", input_file=str(source), **schema_facts(served.schema))
         yield
         journal.delete()
     done.rejects_path = accounting.rejects_path

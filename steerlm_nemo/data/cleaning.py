@@ -18,6 +18,7 @@ from steerlm_nemo.conversation import Conversation, RecordRef, require_every_los
 from steerlm_nemo.data.sources.helpsteer import refuse_strengths
 from steerlm_nemo.errors import IncompleteError, RecordError
 from steerlm_nemo.outputs import require_writable
+from steerlm_nemo.record_report import SUFFIX, schema_facts, told_schema
 from steerlm_nemo.records import (
     Accounting,
     RawLine,
@@ -49,13 +50,13 @@ class Cleaner:
         line = parse_line(*raw_line)
         findings = Findings()
         try:
-            return Outcome(self.clean(line, findings), None, findings)
+            return Outcome(line.ref, self.clean(line, findings), None, findings)
         except Dropped as dropped:
-            return Outcome(None, str(dropped), findings)
+            return Outcome(line.ref, None, str(dropped), findings)
         except RecordError as err:
             refuse_strengths(line.record or {}, line.ref.path)
             kind = "not a conversation: " if line.problem is None else ""
-            return Outcome(None, kind + err.reason, findings, *raw_line)
+            return Outcome(line.ref, None, kind + err.reason, findings, line.raw)
 
     def clean(self, line: RawLine, findings: Findings) -> str:
         """The line to write.
@@ -137,13 +138,13 @@ class Findings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The text to write, or the reason why there is none; of an unusable line also where and what it is."""
+    """The text to write, or the reason why there is none; `rejected` is an unusable line as it stands in the file."""
 
+    ref: RecordRef
     text: str | None
     reason: str | None
     findings: Findings
-    rejected_ref: RecordRef | None = None
-    rejected_raw: bytes = b""
+    rejected: bytes | None = None
 
 
 def clean_file(
@@ -159,8 +160,8 @@ def clean_file(
 
     Args:
         records: counts each record as written, filtered (with the reason) or rejected.
-        report: a JSON file for counts and reasons; written even if nothing is left, but not over the report of an
-            output that stays.
+        report: a second JSON file for counts and reasons, which always stand beside the output; written even if nothing
+            is left, but not over the report of an output that stays.
         on_record: called with each record's index and, where it is not written, why.
         num_workers: processes that do the work; nothing else depends on it.
 
@@ -174,6 +175,14 @@ def clean_file(
     if report is not None:
         require_writable(report)
     require_other_file(output_file, dataset_file)
+    facts = {
+        "dataset_file": str(dataset_file),
+        "output_file": str(output_file),
+        "seq_len": cleaner.seq_len,
+        "trim_turns": cleaner.trim_turns,
+        "template": asdict(cleaner.template),
+        **schema_facts(told_schema(dataset_file)),
+    }
     findings = Findings()
     with records, atomic_output(output_file) as output:
         outcomes = in_order(cleaner.outcome, read_raw_lines(dataset_file), num_workers)
@@ -181,43 +190,24 @@ def clean_file(
             if outcome.text is not None:
                 output.write(outcome.text + "\n")
                 records.written()
-            elif outcome.rejected_ref is None:
-                records.filtered(str(outcome.reason))
+            elif outcome.rejected is None:
+                records.filtered(outcome.ref, str(outcome.reason))
             else:
-                records.rejected(outcome.rejected_ref, str(outcome.reason), outcome.rejected_raw)
+                records.rejected(outcome.ref, str(outcome.reason), outcome.rejected)
             findings += outcome.findings
             on_record(index, outcome.reason)
-        if report is not None and (records.counts["written"] or not records.earlier_outputs):
-            _write_report(report, dataset_file, output_file, cleaner, records, findings)
+        if records.counts["written"] or not records.earlier_outputs:
+            for path in dict.fromkeys([f"{output_file}{SUFFIX}", *([str(report)] if report is not None else [])]):
+                records.save(path, **facts, tokens=findings.num_tokens, findings=dict(findings.counts))
         if not records.counts["written"]:
             raise IncompleteError(
                 f"{dataset_file}: nothing is left to train on at seq_len {cleaner.seq_len}: {records.summary()}"
                 + (
                     ". Check the mask role, the labels and --seq_len."
                     if records.counts["filtered"]
-                    else f". The first one: {records.first_rejected}"
-                    if records.first_rejected
+                    else ""
+                    if records.counts["rejected"]
                     else ". The file is empty."
                 )
             )
     return findings
-
-
-def _write_report(
-    report: str | Path,
-    dataset_file: str | Path,
-    output_file: str | Path,
-    cleaner: Cleaner,
-    records: Accounting,
-    findings: Findings,
-) -> None:
-    records.save(
-        report,
-        dataset_file=str(dataset_file),
-        output_file=str(output_file),
-        seq_len=cleaner.seq_len,
-        trim_turns=cleaner.trim_turns,
-        template=asdict(cleaner.template),
-        tokens=findings.num_tokens,
-        findings=dict(findings.counts),
-    )

@@ -37,7 +37,8 @@ from steerlm_nemo.data.sources.formats import (
     format_of,
 )
 from steerlm_nemo.data.sources.oasst_messages import MessageTrees
-from steerlm_nemo.errors import InputError, RecordError, shown
+from steerlm_nemo.errors import InputError, RecordError, listed, shown
+from steerlm_nemo.record_report import told_schema
 from steerlm_nemo.records import Accounting, RawLine, atomic_output, require_other_file
 
 # Python's JSON reader counts two levels per turn, so its default of 1000 refuses a thread of 500 turns.
@@ -112,7 +113,7 @@ class Tally:
 
 
 def _listed(counts: Counter[str]) -> str:
-    return "; ".join(f"{name}: {count}" for name, count in counts.most_common())
+    return listed((f"{name}: {count}" for name, count in counts.most_common()), "; ")
 
 
 def preprocess(
@@ -160,7 +161,9 @@ def preprocess(
         others = None
         if labels_from is not None:
             others = AttributeSource(labels_from, options.schema or NEMO12_LANG, outputs["train"].parent)
-        run = _Run(options, shape, trees, Tally(shape.name, schema=options.schema), others)
+        # Records keep the attributes they have, and so the schema that they are known to have.
+        told = told_schema(input_file) if options.schema is None else options.schema
+        run = _Run(options, shape, trees, Tally(shape.name, schema=told), others)
         source = run.source(lines)
         num_train = int(len(source) * split_ratio)
         order = shuffled_order(len(source), seed)
@@ -169,8 +172,7 @@ def preprocess(
             (train if in_train else val).writelines(line + "\n" for line in to_lines(conversations))
             run.tally.conversations["train" if in_train else "val"] += len(conversations)
         if not trees.counts["written"]:
-            first = f". The first one: {trees.first_rejected}" if trees.first_rejected else ""
-            raise InputError(f"{input_file}: no conversation to write. {run.tally.units}: {trees.summary()}{first}")
+            raise InputError(f"{input_file}: no conversation to write. {run.tally.units}: {trees.summary()}")
     return run.tally
 
 
@@ -330,7 +332,7 @@ class _Trees:
             if not isinstance(tree_id, str):
                 raise RecordError(line.ref, f"no message_tree_id: keys seen are {shown(sorted(tree))}")
         except Filtered as reason:
-            run.trees.filtered(str(reason))
+            run.trees.filtered(line.ref, str(reason))
         except RecordError as err:
             run.reject(line, err.reason)
         else:
@@ -368,11 +370,11 @@ class _Messages:
             reason = "every path left out by the filters"
         except Filtered as filtered:
             written, reason = set(), str(filtered)
-        for message_id in line_of:
+        for message_id, line in line_of.items():
             if message_id in written:
                 run.trees.written()
             else:
-                run.trees.filtered(reason)
+                run.trees.filtered(line.ref, reason)
         return conversations, in_train
 
 

@@ -21,7 +21,7 @@ from steerlm_nemo.attributes import COMBINED9, LANG, items_of
 from steerlm_nemo.conversation import ASSISTANT, USER, RecordRef
 from steerlm_nemo.data.sources.helpsteer import ALIGNER_SYSTEM_PROMPT
 from steerlm_nemo.data.statistics import AttributeStatistics
-from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.errors import InputError, RecordError, listed, shown
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
 
 # The order of the vector is the order that models published with it answer in.
@@ -44,7 +44,7 @@ def vector_of(label: str) -> tuple[list[float], list[str]]:
         elif re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", value, re.ASCII):
             values[key] = float(value)
         else:
-            raise ValueError(f"attribute {key} has value {value!r}, which is not a number")
+            raise ValueError(f"attribute {key} has value {shown(value)}, which is not a number")
     return [values.get(name, MISSING) for name in VECTOR], others
 
 
@@ -71,7 +71,7 @@ def process_to_regression_format(
                 records.rejected(line.ref, err.reason, line.raw)
                 continue
             if not samples:
-                records.filtered("no turn has an attribute of the vector")
+                records.filtered(line.ref, "no turn has an attribute of the vector")
                 continue
             for text, vector in samples:
                 output.write(dump_record({"text": text, "label": vector}) + "\n")
@@ -107,4 +107,4 @@ def _samples(turns: object, ref: RecordRef, others: Counter[str]) -> Sequence[tu
 def note_on(others: Counter[str]) -> str:
     """What to say about keys without a place in the vector; `lang` is none and goes without saying."""
     lost = {key: count for key, count in others.items() if key != LANG}
-    return "; ".join(f"{key}: {count}" for key, count in sorted(lost.items()))
+    return listed((f"{key}: {count}" for key, count in sorted(lost.items())), "; ")

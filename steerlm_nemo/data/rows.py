@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import IO, Any, cast
 
 from steerlm_nemo.conversation import RecordRef
-from steerlm_nemo.errors import InputError
+from steerlm_nemo.errors import InputError, listed
 from steerlm_nemo.records import DAMAGED, RawLine, compression, open_bytes, parse_line, require_file, unreadable
 
 HUB = "hf://"
@@ -58,11 +58,14 @@ class Lines:
         self._files: list[tuple[int, str]] = []
         self._file = _all_lines(files, self._files, scratch_dir) if files else _json_lines(self.name, scratch_dir)
         start = 0
-        for line_number, line in enumerate(self._file, 1):
-            if not line.isspace():
-                self._starts.append(start)
-                self._line_numbers.append(line_number)
-            start += len(line)
+        try:
+            for line_number, line in enumerate(self._file, 1):
+                if not line.isspace():
+                    self._starts.append(start)
+                    self._line_numbers.append(line_number)
+                start += len(line)
+        except OSError as err:
+            raise unreadable(self.name, err) from err
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -82,8 +85,11 @@ class Lines:
 
     def raw(self, index: int) -> bytes:
         """The bytes of a record, without line end and byte order mark."""
-        self._file.seek(self._starts[index])
-        raw = self._file.readline().rstrip(b"\r\n")
+        try:
+            self._file.seek(self._starts[index])
+            raw = self._file.readline().rstrip(b"\r\n")
+        except OSError as err:
+            raise unreadable(self.name, err) from err
         return raw.removeprefix(b"\xef\xbb\xbf") if self._starts[index] == 0 else raw
 
     def __enter__(self) -> Lines:
@@ -136,10 +142,10 @@ def _json_lines(name: str, scratch_dir: Path) -> IO[bytes]:
     if directory := _directory(name):
         return _spooled(_rows_as_lines(_dataset_rows(str(directory[0]), directory[1])), scratch_dir)
     path = Path(name)
-    with path.open("rb") as file:
-        if file.read(4) == b"PAR1":
-            return _spooled(_rows_as_lines(_parquet_rows(path)), scratch_dir)
     try:
+        with path.open("rb") as file:
+            if file.read(4) == b"PAR1":
+                return _spooled(_rows_as_lines(_parquet_rows(path)), scratch_dir)
         if _is_array(path):
             return _spooled(_elements_as_lines(_array_elements(path)), scratch_dir)
         source = open_bytes(path)
@@ -367,13 +373,13 @@ def _loaded(datasets: Any, name: str, split: str | None) -> Iterable[Any]:
 
 def _files_shown(name: str) -> str:
     files = sorted({str(path) for pattern in _DATASET_FILES for path in Path(name).glob(pattern)})
-    return ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+    return listed(files, most=5)
 
 
 def _split_of(name: str, split: str | None, splits: Mapping[str, Iterable[Any]]) -> Iterable[Any]:
     """One split of a directory's; the others are named, since nobody may have known of them."""
     chosen = split or "train"
-    others = ", ".join(f"{name}@{other}" for other in splits if other != chosen)
+    others = listed(f"{name}@{other}" for other in splits if other != chosen)
     if chosen not in splits:
         raise InputError(f"{name}: no dataset with a split {chosen!r} here; there are {others}")
     if split is None and others:

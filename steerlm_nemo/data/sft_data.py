@@ -27,7 +27,7 @@ from steerlm_nemo.conversation import (
 )
 from steerlm_nemo.data.sources.helpsteer import refuse_strengths
 from steerlm_nemo.data.statistics import AttributeStatistics
-from steerlm_nemo.errors import InputError, RecordError
+from steerlm_nemo.errors import InputError, RecordError, shown
 from steerlm_nemo.records import Accounting, atomic_output, dump_record, read_lines, require_file, require_other_file
 
 
@@ -62,7 +62,7 @@ def build_sft_data(
                 responses = [turn for turn in conversation.turns if turn.role not in conversation.mask_roles]
                 values = [_values_of(turn) for turn in responses]
                 if not all(values) or not values:
-                    records.filtered("a response without attributes" if responses else "no response")
+                    records.filtered(line.ref, "a response without attributes" if responses else "no response")
                     continue
                 (sft,) = to_lines([_value_to_text(conversation)])
                 as_messages = dump_record(_messages(conversation)) if plain else ""
@@ -99,7 +99,7 @@ def _messages(conversation: Conversation) -> dict[str, Any]:
     messages = [{"role": "system", "content": conversation.system.rstrip("\n")}]
     for number, turn in enumerate(conversation.turns):
         if turn.role not in (USER, ASSISTANT):
-            raise RecordError(conversation.ref, f"unknown role: turn {number} is from {turn.role!r}")
+            raise RecordError(conversation.ref, f"unknown role: turn {number} is from {shown(turn.role)}")
         if turn.role == ASSISTANT:
             if messages[-1]["role"] != "user":
                 raise RecordError(conversation.ref, f"no question: turn {number} answers no message of the user")

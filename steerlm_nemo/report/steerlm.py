@@ -14,7 +14,7 @@ from steerlm_nemo.attributes import AttributeSchema
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.evaluation.grading import Grading
 from steerlm_nemo.evaluation.steering_curves import Steered, Steering
-from steerlm_nemo.records import atomic_output, require_file
+from steerlm_nemo.records import atomic_output, read_json
 from steerlm_nemo.report.charts import Line, line_chart
 from steerlm_nemo.report.pages import render
 
@@ -149,10 +149,7 @@ def _rounded(data: Any) -> Any:
 
 def read_stages(path: str | Path) -> dict[str, float]:
     """Seconds by name of a stage, in order. Raises InputError for anything but a JSON object of numbers."""
-    try:
-        stages = json.loads(require_file(path).read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise InputError(f"{path}: not JSON: {err}") from err
+    stages = read_json(path)
     if not isinstance(stages, dict) or not all(type(seconds) in (int, float) for seconds in stages.values()):
         raise InputError(f'{path}: a JSON object of stages and their seconds is needed, such as {{"clean": 1.5}}')
     return stages

@@ -6,17 +6,19 @@ Every problem found is reported together. What only one method has is checked by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from steerlm_nemo.attributes import AttributeSchema, load_schema
+from steerlm_nemo.attributes import NEMO12_LANG, AttributeSchema, load_schema
 from steerlm_nemo.config import CONFIG_DIR
-from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.errors import ConfigError, InputError, listed
 from steerlm_nemo.models.loading import undivided
+from steerlm_nemo.record_report import RecordReport, report_beside
+from steerlm_nemo.records import require_file
 from steerlm_nemo.template import ChatTemplate
 from steerlm_nemo.training.method import Method
 
@@ -28,9 +30,57 @@ def read_template(cfg: DictConfig, warn: Callable[[str], object] = lambda messag
     return ChatTemplate.from_config(OmegaConf.to_container(cfg.model.data.chat_prompt_tokens), warn)  # type: ignore[arg-type]
 
 
+class ChosenSchema(NamedTuple):
+    """An attribute schema and, in words, why it is the one."""
+
+    schema: AttributeSchema
+    why: str
+
+
+def choose_schema(cfg: DictConfig) -> ChosenSchema:
+    """The attribute schema of `model.data.attribute_schema`; else that which the reports beside the records tell.
+
+    Raises:
+        InputError: no such schema, or a report that cannot be read.
+        ConfigError: the two files of records tell different schemas.
+    """
+    if (asked := cfg.model.data.attribute_schema) is not None:
+        return ChosenSchema(load_schema(str(asked)), "as model.data.attribute_schema says")
+    told = [*told_schemas(cfg)]
+    if not told:
+        return ChosenSchema(NEMO12_LANG, "the default: no report beside the records tells another")
+    (schema, where), *others = told
+    for other, elsewhere in others:
+        if other != schema:
+            raise ConfigError(
+                f"training and validation records differ: {where} tells {described(schema)}, {elsewhere} tells "
+                f"{described(other)}; preprocess both alike, or set model.data.attribute_schema to what holds for both"
+            )
+    return ChosenSchema(schema, f"as {where} tells")
+
+
+def reports(cfg: DictConfig) -> Collection[RecordReport]:
+    """Those beside the files of records; the sides of a split share one. Raises InputError: one cannot be read."""
+    found = [report_beside(ds.file_path) for ds in (cfg.model.data.train_ds, cfg.model.data.validation_ds)]
+    return {report.path: report for report in found if report is not None}.values()
+
+
+def told_schemas(cfg: DictConfig) -> Iterator[tuple[AttributeSchema, Path]]:
+    """The schemas that these reports tell, and where. Raises InputError."""
+    for report in reports(cfg):
+        if (schema := report.schema) is not None:
+            yield schema, report.path
+
+
+def described(schema: AttributeSchema) -> str:
+    """A schema in a message: two of the same name may differ."""
+    scales = listed(f"{one.name} {one.minimum}-{one.maximum}" for one in schema.attributes)
+    return f"schema {schema.name} ({scales}{', lang' if schema.languages else ''})"
+
+
 def read_schema(cfg: DictConfig) -> AttributeSchema:
-    """The attribute schema of `model.data.attribute_schema`: a preset, or a YAML file."""
-    return load_schema(str(cfg.model.data.attribute_schema))
+    """The schema of `choose_schema`, without its reason."""
+    return choose_schema(cfg).schema
 
 
 def model_name(cfg: DictConfig, method: Method) -> str:
@@ -92,10 +142,10 @@ def _missing(cfg: DictConfig) -> Iterator[str]:
 def _problems(cfg: DictConfig, base: Mapping[str, Any], method: Method) -> Iterator[str]:
     yield from _parallel_problems(cfg, base)
     for split in method.splits(cfg):
-        path = Path(split.file_path)
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            yield f"{split.key}.file_path: {path} {what}; give a JSONL file of records"
+        try:
+            require_file(split.file_path)
+        except InputError as err:
+            yield f"{split.key}.file_path: {err}; give a JSONL file of records"
         per_step = split.micro_batch_size * max(1, data_parallel_size(cfg))
         if per_step < 1 or split.global_batch_size % per_step:
             yield (

@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from steerlm_nemo.attributes import digest_of
-from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.errors import ConfigError, shown
+from steerlm_nemo.records import read_json
 from steerlm_nemo.training.method import Method
 
 
@@ -75,10 +76,14 @@ def refuse_foreign_resume(cfg: DictConfig, method: Method) -> None:
     run_file = log_dir / "checkpoints" / "run.json"
     if not run_file.is_file() or not cfg.exp_manager.resume_if_exists:
         return
-    before, now = json.loads(run_file.read_text()), json.loads(json.dumps(fingerprint(cfg, method)))
+    before, now = read_json(run_file), json.loads(json.dumps(fingerprint(cfg, method)))
+    if not isinstance(before, dict):
+        raise ConfigError(f"{run_file}: not what identifies a run. Give this run its own exp_manager.explicit_log_dir.")
     differing = [key for key in now if before.get(key) != now[key]]
     if differing:
-        sides = "\n".join(f"  {key}: that run {before.get(key)!r}, this one {now[key]!r}" for key in differing)
+        sides = "\n".join(
+            f"  {key}: that run {shown(before.get(key))}, this one {shown(now[key])}" for key in differing
+        )
         raise ConfigError(
             f"{log_dir} holds another run, which cannot be resumed with this config:\n{sides}\n"
             "Give this run its own exp_manager.explicit_log_dir, or delete that folder."

@@ -51,7 +51,7 @@ def test_every_assistant_turn_is_graded_in_input_order(value_port, chat_file, tm
     summary = run(source, tmp_path / "out.jsonl", value_port, batch_size=batch_size, concurrency=concurrency)
     text = (tmp_path / "out.jsonl").read_text()
     assert text == "".join(json.dumps(expected(record), ensure_ascii=False) + "\n" for record in records)
-    left = ["in.jsonl", "out.jsonl", "out.jsonl.comparison.html", "out.jsonl.comparison.json"]
+    left = ["in.jsonl", *(f"out.jsonl{end}" for end in ("", ".comparison.html", ".comparison.json", ".report.json"))]
     assert sorted(path.name for path in tmp_path.iterdir()) == left  # nothing else lies around
     assert summary.num_records == 23
     compared = json.loads((tmp_path / "out.jsonl.comparison.json").read_text())["attributes"]

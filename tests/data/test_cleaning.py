@@ -294,6 +294,7 @@ def test_the_report_has_the_counts_and_the_template(tmp_path, small_tokenizer):
         "filtered": 1,
         "rejected": 0,
         "reasons": {TARGET_BEYOND: 1},
+        "attribute_schema": None,  # nobody told
         "tokens": findings.num_tokens,
         "findings": {"records longer than seq_len": 1, "turns not whole within seq_len": 2},
     }
@@ -400,7 +401,7 @@ def test_markers_as_flags_decide_what_fits(arguments, tmp_path):
     [
         ({"dataset_file": "none.jsonl"}, "none.jsonl: no such file"),
         ({"dataset_file": "."}, "is a directory"),
-        ({"model_file": "none.model"}, "none.model: no such SentencePiece model"),
+        ({"model_file": "none.model"}, "none.model: no such file"),
         ({"output_file": "."}, "is a directory"),
         ({"report": "."}, "is a directory"),
         ({"seq_len": 0}, "--seq_len is 0"),

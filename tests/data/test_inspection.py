@@ -246,7 +246,7 @@ def test_the_script_writes_tables_page_and_figures(tmp_path, small_model):
         (["{file}", "--type", "FOO"], "--type is 'FOO'"),
         (["{file}", "--mask_role", "Usr"], "did you mean User?"),
         (["{file}", "--format", "oast"], "--format is 'oast'"),
-        (["{file}", "--model_file", "none.model"], "none.model: no such SentencePiece model"),
+        (["{file}", "--model_file", "none.model"], "none.model: no such file"),
         (["{empty}"], "no conversation in it: 1 records read\n  {empty}:1: not JSON"),
     ],
 )

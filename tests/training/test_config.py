@@ -114,8 +114,8 @@ def test_values_that_must_be_given_are_all_named() -> None:
     [
         ("model.tensor_model_parallel_size=2", "trainer.devices 1 x trainer.num_nodes 1 = 1; set trainer.devices=2"),
         ("model.data.train_ds.micro_batch_size=3", r"global_batch_size \(128\) is not divisible by micro_batch_size"),
-        ("model.data.train_ds.file_path=/nowhere.jsonl", "/nowhere.jsonl does not exist; give a JSONL file"),
-        ("model.data.validation_ds.file_path=/", "/ is a folder; give a JSONL file"),
+        ("model.data.train_ds.file_path=/nowhere.jsonl", "/nowhere.jsonl: no such file; give a JSONL file"),
+        ("model.data.validation_ds.file_path=/", "/ is a directory; a file is needed here; give a JSONL file"),
         ("trainer.sft.save_interval=150", "must be a multiple of val_check_interval 100"),
         ("model.data.record_type=VALUE_TO_VALUE", "must be TEXT_TO_VALUE or VALUE_TO_TEXT"),
         ("model.data.attribute_schema=nemo13", "unknown attribute schema 'nemo13'"),

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from in_process import run_script
 from runs import losses, overrides, train, train_command, write_records
 
-from steerlm_nemo.attributes import NEMO12_LANG
+from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG
 from steerlm_nemo.checkpoint.archive import open_nemo, read_config
 from steerlm_nemo.checkpoint.identity import name_of
 from steerlm_nemo.model_kind import GRADER, SteerLMFormat
@@ -142,10 +143,19 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
-def test_the_tutorials_own_arguments_train_under_torchrun(
-    base_nemo: Path, records: dict[str, Path], tmp_path: Path
-) -> None:
-    """Every key of the tutorial's training command, small sizes, markers as an unquoted shell leaves them."""
+def test_the_tutorials_own_arguments_train_under_torchrun(base_nemo: Path, tmp_path: Path) -> None:
+    """Every key of the tutorial's training command, small sizes, markers as an unquoted shell leaves them.
+
+    The records are HelpSteer's: their report tells that they are of another schema than the tutorial's OpenAssistant.
+    """
+    rated = [
+        {"prompt": f"What is {i}+{i}?", "response": "It is four.", **dict.fromkeys(HELPSTEER5.names, i % 5)}
+        for i in range(160)
+    ]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+    flags = [f"--input_file={tmp_path}/rated.jsonl", f"--output_file_prefix={tmp_path}/h", "--split_ratio=0.7"]
+    assert run_script("preprocessing", *flags).code == 0
+    records = {side: tmp_path / f"h_{side}.jsonl" for side in ("train", "val")}
     tutorial = """
     trainer.num_nodes=1 trainer.devices=2 trainer.precision=bf16 trainer.sft.max_steps=6
     trainer.sft.limit_val_batches=40 trainer.sft.val_check_interval=3 trainer.sft.save_interval=3
@@ -183,7 +193,8 @@ def test_the_tutorials_own_arguments_train_under_torchrun(
     assert result.stderr.count("shell ate the backslash") == 3
     seen = losses(tmp_path / "log")
     assert len(seen) == 6 and seen[5] < seen[0]
-    assert SteerLMFormat.from_dict(read_config(nemo_of(tmp_path / "log"))["steerlm"]).template == ChatTemplate()
+    fmt = SteerLMFormat.from_dict(read_config(nemo_of(tmp_path / "log"))["steerlm"])
+    assert fmt == SteerLMFormat(ChatTemplate(), HELPSTEER5, GRADER)
 
 
 @pytest.mark.slow

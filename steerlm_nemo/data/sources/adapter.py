@@ -34,7 +34,7 @@ def text_at(record: Mapping[str, Any], key: str, ref: RecordRef) -> str:
     if not isinstance(value, str):
         raise RecordError(ref, f"wrong type: {key!r} must be a string, found {type(value).__name__}")
     if not value.strip():
-        raise RecordError(ref, f"empty text: {key!r} is {value!r}")
+        raise RecordError(ref, f"empty text: {key!r} is {shown(value)}")
     return value
 
 

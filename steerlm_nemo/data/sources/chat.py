@@ -25,7 +25,7 @@ from steerlm_nemo.attributes import Attributes, AttributeSchema
 from steerlm_nemo.conversation import LOSS_KEYS, SYSTEM_PROMPT, USER, Conversation, RecordRef, Turn, require_loss
 from steerlm_nemo.data.options import Options
 from steerlm_nemo.data.sources.adapter import SPEAKERS, SYSTEM, attributes_at, checked, conversation, speaker
-from steerlm_nemo.errors import RecordError, shown
+from steerlm_nemo.errors import RecordError, listed, shown
 
 _READ = frozenset(("role", "content", "from", "value", "label", "lang", "message_id"))
 _READ_IN_PARTS = frozenset(("type", "text"))
@@ -57,7 +57,7 @@ def _conversation(
             role = speaker(role, ref)
         text = _text(raw.get(text_key), text_key, ref)
         if not text.strip() and (elsewhere := _elsewhere(raw)):
-            raise RecordError(ref, f"empty text: message {number} says nothing but in {', '.join(elsewhere)}")
+            raise RecordError(ref, f"empty text: message {number} says nothing but in {listed(elsewhere)}")
         if role == SYSTEM:
             if number or system is not None:
                 raise RecordError(ref, f"second system prompt: message {number} is from the system")

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steerlm_nemo.attributes import HELPSTEER5, NEMO12_LANG, AttributeSchema
+from steerlm_nemo.attributes import COMBINED9, HELPSTEER5, NEMO12_LANG, AttributeSchema
 from steerlm_nemo.conversation import Conversation, Pair, RecordRef
 from steerlm_nemo.data.options import Options
 from steerlm_nemo.data.sources import chat, helpsteer, instructions, pairs, templated
-from steerlm_nemo.errors import InputError, RecordError, shown
+from steerlm_nemo.errors import InputError, RecordError, listed, shown
 from steerlm_nemo.records import RawLine
 
 Adapter = Callable[[Mapping[str, Any], RecordRef, Options], Conversation | Pair]
@@ -79,7 +79,7 @@ FORMATS: tuple[Format, ...] = (
     _rows("instruction",     "instruction output",                        "input",  instructions.instruction, None),
     _rows("prompt-response", "prompt response",                           "",       instructions.prompted, None),
     _rows("text-output",     "text output",                               "",       instructions.text, None),
-    _rows("templated",       "text",                                      "label",  templated.templated, None),
+    _rows("templated",       "text",                                      "label",  templated.templated, COMBINED9),
 )
 # fmt: on
 
@@ -111,5 +111,5 @@ def format_of(lines: Iterable[RawLine], source: str) -> Format:
         return format_named(OASST_TREES)
     shapes = "\n".join(f"  {known.name}: {', '.join(sorted(known.needs))}" for known in FORMATS)
     raise InputError(
-        f"{source}: unknown shape; the keys seen are {', '.join(seen)}. Shapes known, by the keys they need:\n{shapes}"
+        f"{source}: unknown shape; the keys seen are {listed(seen)}. Shapes known, by the keys they need:\n{shapes}"
     )

@@ -5,6 +5,7 @@ B conversations of a micro-batch, S tokens of the longest, padded.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
+from steerlm_nemo.attributes import LANG, PRESETS, Attributes, AttributeSchema
 from steerlm_nemo.conversation import Conversation, RecordRef
-from steerlm_nemo.errors import ConfigError, InputError, RecordError
+from steerlm_nemo.errors import ConfigError, InputError, RecordError, clipped, listed
 from steerlm_nemo.records import parse_line, read_raw_lines
 from steerlm_nemo.template import ChatTemplate, Tokenizer, cut, num_seen
 from steerlm_nemo.workers import in_order
 
-MOST_PROBLEMS_SHOWN = 20
+MOST_PROBLEMS_SHOWN = 8
 
 
 class Item(TypedDict):
@@ -61,6 +62,7 @@ class _Prepared:
     num_tokens: int = 0  # before the cut
     num_markers_removed: int = 0
     problem: RecordError | None = None
+    names: frozenset[str] = frozenset()  # of its attributes
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,13 @@ class _Preparation:
 
     def __call__(self, raw_line: tuple[RecordRef, bytes]) -> tuple[RecordRef, _Prepared]:
         line = parse_line(*raw_line)
-        ref, item = line.ref, None
+        ref, item, names = line.ref, None, frozenset[str]()
         try:
             conversation = Conversation.from_record(line.require_record(), ref)
+            names = names_in(conversation)
             _require_schema(conversation, self.schema)
         except RecordError as err:
-            return ref, _Prepared(problem=err)
+            return ref, _Prepared(problem=err, names=names)
         rendered = self.template.render(conversation, self.tokenizer)
         seen = cut(rendered, self.max_seq_length)
         if seen.first_target is not None:
@@ -119,6 +122,7 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
         self.items: list[Item] = []
         first_of_type: dict[str | None, RecordRef] = {}
         problems: list[RecordError] = []
+        names: frozenset[str] = frozenset()
         num_read = num_truncated = num_markers = 0
         preparation = _Preparation(tokenizer, template, max_seq_length, schema)
         prepared_lines = in_order(preparation, read_raw_lines(path), num_workers)
@@ -126,6 +130,7 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
             num_read += 1
             if prepared.problem is not None:
                 problems.append(prepared.problem)
+                names |= prepared.names
                 continue
             first_of_type.setdefault(prepared.type, ref)
             num_markers += prepared.num_markers_removed
@@ -133,7 +138,7 @@ class ChatDataset(torch.utils.data.Dataset[Item]):
             if prepared.item is not None:
                 self.items.append(prepared.item)
         if problems:
-            raise _refusal(path, problems, num_read)
+            raise _refusal(path, problems, num_read, names, schema)
         self.report = DatasetReport(str(path), len(self.items), num_truncated, num_read - len(self.items), num_markers)
         if not self.items:
             raise ConfigError(f"{path}: no conversation with a target within max_seq_length {max_seq_length}")
@@ -181,37 +186,62 @@ def _require_schema(conversation: Conversation, schema: AttributeSchema) -> None
         try:
             in_order = schema.order(values.as_dict())
         except InputError as err:
-            raise RecordError(
-                conversation.ref,
-                f"{err} (schema {schema.name}). Set model.data.attribute_schema to the schema that the records were "
-                "preprocessed with.",
-                index,
-            ) from err
+            raise SchemaError(conversation.ref, f"{err} (schema {schema.name})", index) from err
         if in_order != values:
             problem = f"the attributes are {values.line}, but schema {schema.name} orders {in_order.line}"
-            raise RecordError(conversation.ref, problem, index)
+            raise SchemaError(conversation.ref, problem, index)
 
 
-def _refusal(path: str | Path, problems: list[RecordError], num_read: int) -> InputError | RecordError:
-    """The problems of a file, one a line. Training starts with every record or not at all."""
-    if num_read == len(problems) == 1:
-        return problems[0]
-    more = len(problems) - MOST_PROBLEMS_SHOWN
-    return InputError(
-        "\n  ".join(
-            [
-                f"{path}: {len(problems)} of {num_read} records cannot be used; scripts/data_clean.py writes the "
-                "others, and these with their reasons to a reject file:",
-                *map(str, problems[:MOST_PROBLEMS_SHOWN]),
-                *([f"and {more} more"] if more > 0 else []),
-            ]
+class SchemaError(RecordError):
+    """A record whose attributes are not those of the schema."""
+
+
+def names_in(conversation: Conversation) -> frozenset[str]:
+    """The attributes of a conversation, `lang` aside."""
+    return frozenset(key for turn in conversation.turns if turn.attributes for key, _ in turn.attributes.items) - {LANG}
+
+
+def _refusal(
+    path: str | Path, problems: list[RecordError], num_read: int, names: frozenset[str], schema: AttributeSchema
+) -> InputError | RecordError:
+    """The problems of a file, each reason once. Training starts with every record or not at all."""
+    hint = ""
+    if any(isinstance(problem, SchemaError) for problem in problems):
+        known = names <= {*schema.names}  # a value is out of range, or the order another
+        fitting = [one for one in PRESETS.values() if names <= {*one.names} and not known]
+        fitting.sort(key=lambda one: len(one.names))
+        hint = (
+            f"\nThe records have {listed(sorted(names))}; the schema here is {schema.name}. Set "
+            "model.data.attribute_schema to the schema that they were preprocessed with"
+            + (f"; {listed(one.name for one in fitting)} would fit" if fitting else "")
         )
+    if num_read == len(problems) == 1:
+        return RecordError(problems[0].ref, problems[0].problem + hint, problems[0].turn)
+    counts = Counter(problem.problem for problem in problems)
+    first = {problem.problem: problem for problem in reversed(problems)}
+    shown = counts.most_common(MOST_PROBLEMS_SHOWN)
+    lines = [
+        f"{count:,} records: {clipped(reason, 200)} (first: {first[reason].place})"
+        if count > 1
+        else f"{first[reason].place}: {clipped(reason, 200)}"
+        for reason, count in shown
+    ]
+    if more := len(problems) - sum(count for _, count in shown):
+        lines.append(f"and {more:,} more, for {len(counts) - len(shown):,} other reasons")
+    only_schema = all(isinstance(problem, SchemaError) for problem in problems)
+    told = (
+        ""
+        if only_schema
+        else "; scripts/data_clean.py writes the others, and these with their reasons to a reject file"
+    )
+    return InputError(
+        "\n  ".join([f"{path}: {len(problems)} of {num_read} records cannot be used{told}:", *lines]) + hint
     )
 
 
 def _one_type(types: dict[str | None, RecordRef], wanted: str | None) -> str | None:
     if len(types) > 1:
-        seen = ", ".join(f"{kind} at {ref}" for kind, ref in types.items())
+        seen = listed(f"{kind} at {ref}" for kind, ref in types.items())
         raise ConfigError(f"the records are of several types ({seen}); train on one type at a time")
     (kind, first), *_ = types.items()
     if wanted is not None and kind != wanted:

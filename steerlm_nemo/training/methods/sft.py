@@ -11,10 +11,17 @@ from omegaconf import DictConfig
 
 from steerlm_nemo.attributes import digest_of
 from steerlm_nemo.conversation import RECORD_TYPES
-from steerlm_nemo.errors import ConfigError, SteerLMError
+from steerlm_nemo.errors import ConfigError, SteerLMError, shown
 from steerlm_nemo.model_kind import SteerLMFormat, kind_trained_on
 from steerlm_nemo.template import Tokenizer
-from steerlm_nemo.training.config import read_schema, read_template
+from steerlm_nemo.training.config import (
+    choose_schema,
+    described,
+    read_schema,
+    read_template,
+    reports,
+    told_schemas,
+)
 from steerlm_nemo.training.method import Data, Method, Split, Splits
 
 
@@ -50,6 +57,7 @@ def _warnings(cfg: DictConfig, base: Mapping[str, Any]) -> Iterator[str]:
     read_template(cfg, damaged.append)
     yield from damaged
     train, validation = cfg.model.data.train_ds, cfg.model.data.validation_ds
+    yield from _other_than_before(cfg)
     if validation.max_seq_length > train.max_seq_length:
         yield (
             f"validation_ds.max_seq_length {validation.max_seq_length} is above "
@@ -58,6 +66,23 @@ def _warnings(cfg: DictConfig, base: Mapping[str, Any]) -> Iterator[str]:
     limit = base.get("encoder_seq_length")
     if limit and train.max_seq_length > limit:
         yield f"train_ds.max_seq_length {train.max_seq_length} is above the checkpoint's context of {limit}"
+
+
+def _other_than_before(cfg: DictConfig) -> Iterator[str]:
+    """Where this run differs from what the steps before it did to the records, as the reports beside them tell."""
+    template, schema = read_template(cfg), read_schema(cfg)
+    for told, where in told_schemas(cfg):
+        if told != schema:
+            yield f"model.data.attribute_schema is {described(schema)}, but {where} tells {described(told)}"
+    for report in reports(cfg):
+        markers = report.facts.get("template")
+        if isinstance(markers, dict) and markers != asdict(template):
+            differing = [name for name, marker in asdict(template).items() if markers.get(name) != marker]
+            yield (
+                f"{report.path}: the records were cleaned with other markers than model.data.chat_prompt_tokens has ("
+                + ", ".join(f"{name} {shown(markers.get(name))}" for name in differing)
+                + "); clean them with --template_from"
+            )
 
 
 def _identity(cfg: DictConfig) -> dict[str, Any]:
@@ -75,7 +100,8 @@ def _load_data(cfg: DictConfig, tokenizer: Tokenizer, report: Callable[[str], ob
     """Both files, tokenised. Raises ConfigError if their records are of different types."""
     from steerlm_nemo.training.datasets.chat import ChatDataset
 
-    template, schema, data = read_template(cfg), read_schema(cfg), cfg.model.data
+    template, (schema, why), data = read_template(cfg), choose_schema(cfg), cfg.model.data
+    report(f"attributes: {described(schema)}, {why}")
 
     def load(ds: DictConfig) -> ChatDataset:
         dataset = ChatDataset(

@@ -115,8 +115,13 @@ def test_labels_that_the_schema_does_not_know_are_refused(
 ) -> None:
     """The schema goes into the .nemo, and the server would grade attributes the model never saw."""
     path = write_records(tmp_path / "t2v.jsonl", 2, "TEXT_TO_VALUE")
-    with pytest.raises(InputError, match=r"t2v.jsonl:1 turn 1: unknown attribute 'quality'.*helpsteer5"):
+    with pytest.raises(InputError) as caught:
         ChatDataset(path, small_tokenizer, ChatTemplate(), 256, 16, None, HELPSTEER5)
+    _, told, advice = str(caught.value).split("\n")  # once, however many records there are
+    assert told.startswith("  2 records: unknown attribute 'quality'")
+    assert told.endswith(f"(schema helpsteer5) (first: {path}:1 turn 1)")
+    assert advice.startswith("The records have quality, toxicity; the schema here is helpsteer5.")
+    assert "oasst4" in advice and "helpsteer5 would" not in advice
     path.write_text(path.read_text().replace("toxicity:0", "toxicity:9"))
     with pytest.raises(InputError, match="toxicity is 9, but it must be 0 to 4"):
         dataset(path, small_tokenizer)
