@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("type", default="TEXT_TO_VALUE", help="how records that have no type are rendered to be counted in tokens")
     add("mask_role", default="User", help="the speaker without loss, in records that do not say")
     add_tokenizer_flags(add)
-    parser.set_defaults(library=None, model_name=None)
+    parser.set_defaults(library=None)
     add("seq_len", type=int, nargs="+", default=[1024, 2048, 4096], help="lengths to tell the truncation at")
     add_template_flags(add)
     add("compat", choices=("nemo1.23",), help="markers <extra_id_0/1/2>")

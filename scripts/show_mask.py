@@ -27,7 +27,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("dataset_file", required=True, help="records, .jsonl, plain or compressed (.gz, .zst)")
     add("line", type=int, nargs="+", default=[1], help="numbers of the lines to show, from 1")
     add_tokenizer_flags(add)
-    parser.set_defaults(library=None, model_name=None)
+    parser.set_defaults(library=None)
     add("seq_len", type=int, default=4096, help="tokens that training will see of a conversation")
     add_template_flags(add)
     add("compat", choices=("nemo1.23",), help="markers <extra_id_0/1/2>")

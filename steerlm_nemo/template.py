@@ -11,7 +11,7 @@ Text layout: NeMo v1.22+ `gpt_sft_chat_dataset.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +36,7 @@ class Tokenizer(Protocol):
 
     eos_id: int
 
+    def for_template(self, markers: Sequence[str]) -> Tokenizer: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_continuation(self, text: str) -> list[int]: ...
 

@@ -6,8 +6,10 @@ SentencePiece puts a dummy space in front of a text. Inside a conversation only 
 
 from __future__ import annotations
 
+import copy
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,10 @@ class SentencePieceTokenizer:
         self.bos_id: int = self._start.bos_id()
         self.eos_id: int = self._start.eos_id()
         self.vocab_size: int = self._start.get_piece_size()
+
+    def for_template(self, markers: Sequence[str]) -> SentencePieceTokenizer:
+        """Itself: the text of a control piece, such as EOS, never is that piece."""
+        return self
 
     def encode(self, text: str) -> list[int]:
         return self._encode(text)
@@ -111,20 +117,33 @@ def _words_stand_alone(model_file: bytes) -> bool:
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face tokenizer, loaded from a folder or a local `tokenizer.json`."""
+    """A Hugging Face tokenizer, loaded from a folder, a `tokenizer.json`, or by name what was fetched before.
+
+    The text of a special token is that token, as with transformers; in conversations see `for_template`.
+    """
 
     def __init__(self, name_or_path: str | Path, extra_special_tokens: tuple[str, ...] = ()) -> None:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         path = Path(name_or_path)
         try:
+            if not path.exists() and path.is_absolute():
+                raise InputError(f"{path}: no such file or folder")
             if path.suffix == ".json" and path.is_file():
                 self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
             else:
                 self._tokenizer = AutoTokenizer.from_pretrained(
-                    str(name_or_path), use_fast=True, trust_remote_code=False
+                    str(name_or_path), use_fast=True, trust_remote_code=False, local_files_only=True
                 )
+        except InputError:
+            raise
         except Exception as err:  # bare ones for a cut file, others for lists instead of maps
+            if not path.exists():
+                raise InputError(
+                    f"{name_or_path}: no such file or folder, and no tokenizer of this name on this machine; none is "
+                    f"ever fetched unasked. With a network, `huggingface-cli download {name_or_path} --include "
+                    "'tokenizer*' 'special_tokens*'` fetches one of the Hugging Face Hub"
+                ) from err
             raise InputError(f"{name_or_path}: cannot load a Hugging Face tokenizer from here: {err}") from err
         if extra_special_tokens:
             self._tokenizer.add_special_tokens({"additional_special_tokens": list(extra_special_tokens)})
@@ -133,16 +152,52 @@ class HuggingFaceTokenizer:
         self.eos_id: int = self._tokenizer.eos_token_id
         self.vocab_size: int = len(self._tokenizer)
         self.is_fast: bool = self._tokenizer.is_fast
+        self._backend: Any = None
+        self._markers: tuple[str, ...] | None = None  # of the template whose content is text, see for_template
+        self._of_template: dict[tuple[str, ...], HuggingFaceTokenizer] = {}
         if self.is_fast:
             # Asked for directly below, in two thirds of the time; what the Python around it does at every call is
             # undone here once: a tokenizer.json may ask for a maximal length and for padding.
-            self._tokenizer.backend_tokenizer.no_truncation()
-            self._tokenizer.backend_tokenizer.no_padding()
+            self._backend = self._tokenizer.backend_tokenizer
+            self._backend.no_truncation()
+            self._backend.no_padding()
+
+    def for_template(self, markers: Sequence[str]) -> HuggingFaceTokenizer:
+        """The same for conversations: what people and models say is text, even where it spells a special token.
+
+        `</s>` in a message would be EOS else, in a question as in a response. Markers stay the tokens they are.
+        """
+        key = tuple(markers)
+        if key not in self._of_template:
+            one = copy.copy(self)
+            one._markers = tuple(marker for marker in key if marker in self._tokenizer.all_special_tokens)
+            if self.is_fast:
+                spec = json.loads(self._backend.to_str())
+                for token in spec.get("added_tokens") or ():
+                    token["special"] = token["special"] and token["content"] not in one._markers
+                one._backend = type(self._backend).from_str(json.dumps(spec))
+                one._backend.encode_special_tokens = True
+            self._of_template[key] = one
+        return self._of_template[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_of_template": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.is_fast and self._markers is not None:
+            self._backend.encode_special_tokens = True  # no part of what tokenizers pickles
 
     def encode(self, text: str) -> list[int]:
-        if self._tokenizer.is_fast:
-            return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        if self.is_fast:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        if self._markers is None:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for part in re.split("(" + "|".join(map(re.escape, self._markers)) + ")", text) if self._markers else [text]:
+            special = part not in self._markers
+            ids += self._tokenizer.encode(part, add_special_tokens=False, split_special_tokens=special) if part else []
+        return ids
 
     encode_continuation = encode
 
@@ -152,10 +207,9 @@ class HuggingFaceTokenizer:
         Raises:
             InputError: not a fast tokenizer; the others do not know.
         """
-        if not self._tokenizer.is_fast:
+        if not self.is_fast:
             raise InputError(f"{self.path}: this tokenizer cannot say which text a token stands for (it is not fast)")
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return [end for _, end in encoded["offset_mapping"]]
+        return [end for _, end in self._backend.encode(text, add_special_tokens=False).offsets]
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -3,12 +3,15 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
+from in_process import run_script
 
 from steerlm_nemo.attributes import NEMO12_LANG
 from steerlm_nemo.checkpoint.template import template_from
@@ -369,7 +372,7 @@ def flags(arguments, dash="_"):
 
 @pytest.mark.parametrize("dash", ["_", "-"])
 def test_the_script_takes_the_references_flags_in_both_spellings(arguments, dash):
-    done = cli(*flags(arguments, dash), "--model_name=unused")
+    done = cli(*flags(arguments, dash))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == (
         "records: 2 read = 1 written + 1 filtered + 0 rejected (no target within seq_len: 1)"
@@ -430,7 +433,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_message(arguments, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr("steerlm_nemo.tokenizer.SentencePieceTokenizer", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(InputError, match="cannot be read: Permission denied") as refused:
         load_tokenizer(argparse.Namespace(library="sentencepiece", model_file=model, model_name=None), ChatTemplate())
     assert str(refused.value).startswith(str(model))
@@ -453,7 +456,56 @@ def test_a_hugging_face_tokenizer_folder_is_taken(arguments, tmp_path):
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     model.train_from_iterator([], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
     model.save(str(tmp_path / "tokenizer.json"))
-    arguments |= {"library": "huggingface", "model_name": tmp_path / "tokenizer.json"}
-    done = cli(*flags(arguments))
-    assert done.returncode == 0, done.stderr
-    assert kept(arguments["output_file"]) == [SHORT]
+    del arguments["model_file"]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    for flag, source in (("name", tmp_path / "tokenizer.json"), ("file", tmp_path), ("name", tmp_path)):
+        done = run_script("data_clean", *flags({**arguments, "library": "huggingface", f"model_{flag}": source}))
+        assert done.code == 0, done.said
+        assert kept(arguments["output_file"]) == [SHORT]
+
+
+@pytest.mark.parametrize("script", ["data_clean", "show_mask", "inspect_data"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["library=huggingface", "model_file={model}"],
+            "{model} is neither the folder.*--library=sentencepiece --model_",
+        ),
+        (["library=sentencepiece", "model_file={folder}"], "{folder} is no SentencePiece.*give --model_file={model}"),
+        (
+            ["library=sentencepiece", "model_file={other}"],
+            "{other} is no SentencePiece.*a folder; give --library=huggingf",
+        ),
+        (["library=sentencepiece", "model_file=x.json"], "x.json is no SentencePiece.*; give --library=huggingface"),
+        (["library=sentencepiece", "model_name={folder}"], "--model_name {folder} is of --library=huggingface"),
+        (["model_file={model}", "model_name={folder}"], "are two tokenizers; give one of them"),
+        (["library=sentencepiece"], "needs --model_file"),
+        (["library=huggingface"], "give the tokenizer of the model"),
+        (
+            ["library=huggingface", "model_name=EleutherAI/gpt-neox-20b"],
+            "none is ever fetched unasked.*huggingface-cli",
+        ),
+        (["library=huggingface", "model_file={folder}/none"], "none: no such file or folder"),
+        (["library=huggingface", "model_file={other}"], "cannot load a Hugging Face tokenizer from here"),
+    ],
+)
+def test_a_tokenizer_of_the_other_library_is_refused_and_nothing_is_fetched(
+    arguments, tmp_path, small_model, monkeypatch, script, given, message
+):
+    import socket
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(socket.socket, "connect", lambda *to: pytest.fail(f"asked {to[1:]}"))
+    places = {"model": small_model, "folder": small_model.parent, "other": tmp_path / "other"}
+    files = {
+        "data_clean": [f"--dataset_file={arguments['dataset_file']}", f"--output_file={tmp_path}/o"],
+        "show_mask": [f"--dataset_file={arguments['dataset_file']}"],
+        "inspect_data": [arguments["dataset_file"]],
+    }
+    if script == "inspect_data" and len(given) == 1:
+        return  # tokens are not counted then
+    started = time.monotonic()
+    done = run_script(script, *files[script], *(f"--{flag.format(**places)}" for flag in given))
+    assert done.code == 2 and re.search(message.format(**places), done.err), done.said
+    assert time.monotonic() - started < 20  # no minute of retries

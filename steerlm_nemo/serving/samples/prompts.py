@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from steerlm_nemo.engine.protocol import ModelInfo, ServedTokenizer
 from steerlm_nemo.serving.requests.body import BadRequest
@@ -25,7 +26,11 @@ def prompt_ids(prompt: str, info: ModelInfo, add_BOS: bool, name: str) -> list[i
             param=name,
             code="context_length_exceeded",
         )
-    ids = info.format.template.encode_prompt(prompt, tokenizer) if info.format else tokenizer.encode(prompt)
+    if info.format is not None:
+        template = info.format.template
+        ids = template.encode_prompt(prompt, tokenizer.for_template(astuple(template)))
+    else:
+        ids = tokenizer.encode(prompt)
     if not add_BOS:
         return ids
     if tokenizer.bos_id is None or tokenizer.bos_id < 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def _load_data(cfg: DictConfig, tokenizer: Tokenizer, report: Callable[[str], ob
     from steerlm_nemo.training.datasets.chat import ChatDataset
 
     template, (schema, why), data = read_template(cfg), choose_schema(cfg), cfg.model.data
+    tokenizer = tokenizer.for_template(astuple(template))
     report(f"attributes: {described(schema)}, {why}")
 
     def load(ds: DictConfig) -> ChatDataset:
