@@ -23,8 +23,8 @@ from steerlm_nemo.engine.protocol import Engine
 from steerlm_nemo.engine.watch import Patience
 from steerlm_nemo.engine.worker import EngineWorker
 from steerlm_nemo.serving import http as answers
+from steerlm_nemo.serving import page
 from steerlm_nemo.serving.front_door import FrontDoor, HttpSettings
-from steerlm_nemo.serving.page import page
 from steerlm_nemo.serving.requests.body import BadRequest
 from steerlm_nemo.serving.routes.document import document
 from steerlm_nemo.serving.routes.operation import Operation, Server, abilities_of, why_absent
@@ -73,7 +73,7 @@ def build_app(
         return answers.error_response(request.url.path, err.status, str(err), err.param, err.code)
 
     app = Starlette(
-        routes=[Route("/", page), *(_route(operation, server) for operation in operations)],
+        routes=[*page.ROUTES, *(_route(operation, server) for operation in operations)],
         exception_handlers={
             HTTPException: http_error,
             BadRequest: bad_request,

@@ -29,6 +29,7 @@ from steerlm_nemo.engine.worker import EngineWorker
 from steerlm_nemo.errors import ConfigError, InputError
 from steerlm_nemo.model_kind import MODEL_HEADER
 from steerlm_nemo.serving.http import error_event, error_response
+from steerlm_nemo.serving.page import PARTS
 
 logger = logging.getLogger("steerlm_nemo.serving")
 
@@ -236,7 +237,8 @@ class FrontDoor:
 
     def _refusal(self, scope: Any) -> Any:
         path = scope["path"]
-        if self._token is not None and path not in WITHOUT_TOKEN and not _has_token(scope, self._token):
+        is_open = path in WITHOUT_TOKEN or path.startswith(PARTS)
+        if self._token is not None and not is_open and not _has_token(scope, self._token):
             return error_response(
                 path,
                 401,

@@ -1,49 +1,55 @@
-"""The steering page at `/`: chat with a slider per attribute of the served schema, as one file without outside parts.
+"""The steering page at `/`: chat with a slider per attribute of the served schema, without outside parts.
 
-Style sheet and program are put into the page here, so that one response carries all, and their hashes are the only
-ones that its Content-Security-Policy lets run. Nothing of the page needs the token: what it asks the API for does.
+It is the files of `static/`, as they lie there. Its Content-Security-Policy lets in nothing but them and the API beside
+them. The page itself has no line of style or program, so that a proxy may add `default-src 'self'` and take nothing
+away. Nothing of the page needs the token: what it asks the API for does.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 from importlib.resources import files
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
+
+PARTS = "/page/"  # what the page consists of, one path per file
+
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    ),
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 async def page(request: Request) -> Response:
     """GET /."""
-    content, policy = _page()
-    return Response(
-        content,
-        media_type="text/html",
-        headers={
-            "Content-Security-Policy": policy,
-            "Cache-Control": "no-cache",
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-        },
-    )
+    return _file("page.html")
+
+
+async def part(request: Request) -> Response:
+    """GET /page/NAME."""
+    return _file(request.path_params["name"])
+
+
+ROUTES = (Route("/", page), Route(PARTS + "{name}", part))
+
+
+def _file(name: str) -> Response:
+    content = _static().get(name)
+    if content is None:
+        raise HTTPException(404, f"the page has no file {name[:100]!r}")
+    return Response(content, media_type=_TYPES[name.rpartition(".")[2]], headers=_HEADERS)
 
 
 @functools.cache
-def _page() -> tuple[str, str]:
-    """The whole page, and the policy for it."""
-    folder = files("steerlm_nemo.serving") / "static"
-    names = ("page.html", "page.css", "requests.js", "page.js")
-    content, style, requests, own = ((folder / name).read_text("utf-8") for name in names)
-    script = f"{requests}\n{own}"
-    policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-    return content.replace("/*page.css*/", style).replace("/*script*/", script), policy
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+def _static() -> dict[str, bytes]:
+    """The files of the page by their names."""
+    return {file.name: file.read_bytes() for file in (files("steerlm_nemo.serving") / "static").iterdir()}

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from steerlm_nemo.engine.protocol import EngineCounters
 from steerlm_nemo.model_kind import KINDS
+from steerlm_nemo.serving import page
 
 PROMPT = "\x00System\nThree words.\n\n\n\x11User\nSpeak!\n\x11Assistant\n\x12quality:1,humor:2,lang:de\n"
 GRADE = "\x00System\nThree words.\n\n\n\x11User\nSpeak!\n\x11Assistant\nbad dry hello\n\x12"
@@ -127,7 +128,7 @@ def test_a_model_has_the_routes_that_its_kind_can_answer_and_the_document_those(
     routes = {
         (route.path.replace(":path", ""), method.lower())
         for route in app.routes
-        if isinstance(route, Route) and route.path != "/"  # the page is for people
+        if isinstance(route, Route) and route not in page.ROUTES  # the page is for people
         for method in route.methods - {"HEAD"}
     }
     assert routes == {(path, method) for path, entry in document["paths"].items() for method in entry}

@@ -1,15 +1,15 @@
-"""The steering page in a real browser, against real servers with models that really do their job."""
+"""The steering page against real servers with models that really do their job."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -17,126 +17,37 @@ import live
 import pytest
 import tiny_world
 from hf_engine import HFEngine
+from page_driver import Page, chromium, fresh_page, needs_chromium
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
 
 from steerlm_nemo.conversation import TEXT_TO_VALUE, VALUE_TO_TEXT, Conversation, RecordRef, Turn
 from steerlm_nemo.model_kind import STEERLM, SteerLMFormat
+from steerlm_nemo.serving import page as page_routes
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here (Debian: chromium, chromium-driver)"
-)
+pytestmark = needs_chromium
 MARKUP = "<b><img src=x onerror=alert(1)></b>"
-PATIENCE_S = 60  # only ever waited for in full when something is broken
-
-
-class Page:
-    """The page as a person uses it: what is seen, what is typed, what is clicked."""
-
-    def __init__(self, browser: webdriver.Chrome) -> None:
-        self.browser = browser
-
-    def open(self, port: int) -> None:
-        """Load the page; the models of these tests were trained with a system prompt of their own."""
-        self.browser.get(f"http://127.0.0.1:{port}/")
-        self.until(lambda: self.one("#work").is_displayed() or self.alerts())
-        if self.all("#system"):
-            self.set("#system", tiny_world.SYSTEM)
-
-    def one(self, css: str) -> WebElement:
-        return self.browser.find_element(By.CSS_SELECTOR, css)
-
-    def all(self, css: str) -> list[WebElement]:
-        return [found for found in self.browser.find_elements(By.CSS_SELECTOR, css) if found.is_displayed()]
-
-    def until(self, holds: Callable[[], object]) -> None:
-        end = time.monotonic() + PATIENCE_S
-        while not holds():
-            assert time.monotonic() < end, self.one("body").text
-            time.sleep(0.02)
-
-    def slide(self, name: str, value: int) -> None:
-        """By the keyboard, as sliders are."""
-        slider = self.one(f"input[name='{name}']")
-        slider.send_keys(Keys.HOME, Keys.RIGHT * (value - int(slider.get_attribute("min"))))
-
-    def set(self, css: str, text: str) -> None:
-        self.one(css).clear()
-        self.one(css).send_keys(text)
-
-    def ask(self, prompt: str) -> None:
-        """Type the prompt, send it and wait until every answer has ended."""
-        self.set("#prompt", prompt)
-        self.press("Send")
-        self.settle()
-
-    def press(self, name: str, place: int = -1) -> None:
-        found = [button for button in self.all("button") if button.text == name]
-        assert found, f"no button {name!r}: {[button.text for button in self.all('button')]}"
-        found[place].click()
-
-    def settle(self) -> None:
-        self.until(lambda: not self.all(".answer[aria-busy=true]"))
-
-    def answers(self, side: str = "") -> list[str]:
-        return [found.text for found in self.all(f".answer{side and '.'}{side} .text")]
-
-    def alerts(self) -> list[str]:
-        return [alert.text for alert in self.all(".error")]
-
-    def record_requests(self) -> None:
-        """From now on, keep what the page really sends."""
-        self.browser.execute_script(
-            "window.sent = []; const real = window.fetch;"
-            "window.fetch = (path, init) => { sent.push(init?.body); return real(path, init); };"
-        )
-
-    def sent(self) -> list[dict]:
-        return [json.loads(body) for body in self.browser.execute_script("return sent") if body]
-
-    def request(self, form: str, answer: int = -1) -> str:
-        """The request of an answer, as it lies on the clipboard."""
-        self.press("Request", answer)
-        self.press(form)
-        self.press("Copy")
-        self.until(lambda: self.one("#copy").text == "Copied")
-        self.press("Close")
-        return self.browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
-        *("disable-background-networking", "disable-component-update", "window-size=1280,900"),
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(DRIVER))
-    permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
-    driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture
 def page(browser: webdriver.Chrome) -> Iterator[Page]:
-    browser.get("about:blank")
-    browser.get_log("browser")
-    yield Page(browser)
-    # Neither an exception nor a violation of the policy; answers with an error status are what some tests ask for.
-    noise = [entry["message"] for entry in browser.get_log("browser") if entry["source"] != "network"]
-    assert not noise
-    browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": browser.current_url, "storageTypes": "all"})
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    with fresh_page(browser) as page:
+        yield page
+
+
+def open_tiny(page: Page, port: int) -> None:
+    """Load the page; the models of these tests were trained with a system prompt of their own."""
+    page.open(port)
+    if page.all("#system"):
+        page.set("#system", tiny_world.SYSTEM)
 
 
 @pytest.fixture(scope="module")
@@ -172,12 +83,12 @@ def values_of(page: Page, side: str) -> dict[str, int | str]:
 
 
 def test_there_is_a_slider_for_every_attribute_of_the_served_schema(page: Page, steerlm: live.ServerProcess) -> None:
-    page.open(steerlm.port)
+    open_tiny(page, steerlm.port)
     sliders = {slider.get_attribute("name"): slider for slider in page.all("#sliders input[type=range]")}
     expected = {
-        f"{side} {attribute.name}": [str(attribute.minimum), str(attribute.maximum), str(attribute.default)]
+        f"{side} {attribute.name}": [str(attribute.minimum), str(attribute.maximum), str(start)]
         for attribute in tiny_world.SCHEMA.attributes
-        for side in "AB"
+        for side, start in (("A", attribute.default), ("B", attribute.minimum))
     }
     assert expected == {
         name: [slider.get_attribute(key) for key in ("min", "max", "value")] for name, slider in sliders.items()
@@ -188,7 +99,7 @@ def test_there_is_a_slider_for_every_attribute_of_the_served_schema(page: Page, 
 
 
 def test_two_settings_answer_the_same_prompt_each_as_its_sliders_ask(page: Page, steerlm: live.ServerProcess) -> None:
-    page.open(steerlm.port)
+    open_tiny(page, steerlm.port)
     page.slide("A quality", 3)
     page.slide("B quality", 1)
     page.slide("B humor", 2)
@@ -201,7 +112,7 @@ def test_two_settings_answer_the_same_prompt_each_as_its_sliders_ask(page: Page,
 
 
 def test_a_setting_remembers_its_own_answers_and_their_grades(page: Page, steerlm: live.ServerProcess) -> None:
-    page.open(steerlm.port)
+    open_tiny(page, steerlm.port)
     page.record_requests()
     page.slide("B quality", 0)
     page.ask("Tell me.")
@@ -229,7 +140,7 @@ def test_a_setting_remembers_its_own_answers_and_their_grades(page: Page, steerl
 
 
 def test_asking_again_replaces_the_last_answers_at_the_settings_of_now(page: Page, steerlm: live.ServerProcess) -> None:
-    page.open(steerlm.port)
+    open_tiny(page, steerlm.port)
     page.one("#compare").click()
     page.ask("Tell me.")
     assert len(page.answers()) == 1
@@ -242,7 +153,7 @@ def test_asking_again_replaces_the_last_answers_at_the_settings_of_now(page: Pag
 
 def test_text_is_shown_as_it_is_made(page: Page, endless: HFEngine) -> None:
     with live.run_engine(endless) as port:
-        page.open(port)
+        open_tiny(page, port)
         page.one("#compare").click()
         page.set("#max-tokens", "9000")
         page.browser.execute_script(
@@ -263,7 +174,7 @@ def test_text_is_shown_as_it_is_made(page: Page, endless: HFEngine) -> None:
 def test_the_copied_request_is_the_one_that_was_sent_and_gives_the_same_answer(
     page: Page, steerlm: live.ServerProcess, tmp_path: Path, greedy: bool
 ) -> None:
-    page.open(steerlm.port)
+    open_tiny(page, steerlm.port)
     page.record_requests()
     page.slide("A quality", 1)
     if not greedy:
@@ -302,7 +213,7 @@ def test_markup_is_shown_as_text_wherever_it_comes_from(page: Page, tmp_path: Pa
     told = Conversation("S", (Turn("User", MARKUP), Turn("Assistant", MARKUP, line)), RecordRef("", 1), VALUE_TO_TEXT)
     served = tiny_world.make_model(tmp_path, VALUE_TO_TEXT, steps=60, records=[told] * 32)
     with live.run_engine(HFEngine.load(tmp_path, served)) as port:
-        page.open(port)
+        open_tiny(page, port)
         page.set("#system", "S")
         page.ask(MARKUP)
         assert page.answers() == [MARKUP] * 2
@@ -318,9 +229,13 @@ def test_the_policy_lets_nothing_in_from_outside_and_no_text_become_markup(
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
     assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
     assert "unsafe" not in answer.headers["content-security-policy"]
-    assert answer.text.count("http://") == 1 and "http://www.w3.org/2000/svg" in answer.text  # the icon's name space
-    assert "https://" not in answer.text
-    page.open(steerlm.port)
+    parts = ["/", *re.findall(r'(?:href|src)="(/[^"]+)"', answer.text)]
+    assert len(parts) == 4
+    for part in parts:
+        text = httpx.get(f"http://127.0.0.1:{steerlm.port}{part}", trust_env=False).raise_for_status().text
+        assert "://" not in text.replace("http://www.w3.org/2000/svg", "")  # the icon's name space
+    assert httpx.get(f"http://127.0.0.1:{steerlm.port}/page/page.py", trust_env=False).status_code == 404
+    open_tiny(page, steerlm.port)
     with pytest.raises(JavascriptException, match="requires 'TrustedHTML'"):
         page.browser.execute_script("document.body.innerHTML = arguments[0]", MARKUP)
     page.browser.get_log("browser")  # the violation just provoked
@@ -328,7 +243,7 @@ def test_the_policy_lets_nothing_in_from_outside_and_no_text_become_markup(
 
 def test_stop_keeps_what_is_there_and_frees_the_place(page: Page, endless: HFEngine) -> None:
     with live.run_engine(endless) as port:
-        page.open(port)
+        open_tiny(page, port)
         page.set("#max-tokens", "9000")
         for stop in (lambda: page.press("Stop"), lambda: page.one("#prompt").send_keys(Keys.ESCAPE)):
             page.set("#prompt", "Speak!")
@@ -350,17 +265,18 @@ def is_idle(engine: HFEngine) -> bool:
 
 def test_a_prompt_that_is_too_long_a_full_queue_and_a_wrong_setting_are_told(page: Page, endless: HFEngine) -> None:
     with live.run_engine(endless, http=live.http(max_waiting_requests=0)) as port:
-        page.open(port)
+        open_tiny(page, port)
         page.one("#compare").click()
         page.ask("Tell me.")
-        (busy,) = page.alerts()
-        assert "The server is busy; it asks to wait 1 s" in busy
+        card, box = page.alerts()
+        assert "The server is busy; it asks to wait 1 s" in card and card in box
     with live.run_engine(live.engine(VALUE_TO_TEXT)) as port:
-        page.open(port)
+        open_tiny(page, port)
         page.one("#compare").click()
         page.ask("Tell me. " * 60)
-        (long,) = page.alerts()
-        assert "context is 256 tokens" in long
+        card, box = page.alerts()
+        assert "context is 256 tokens" in card and card in box
+        assert page.one("#prompt").get_attribute("value") == "Tell me. " * 60
         page.set("#max-tokens", "0")
         page.set("#prompt", "And now?")
         page.press("Send")
@@ -370,7 +286,7 @@ def test_a_prompt_that_is_too_long_a_full_queue_and_a_wrong_setting_are_told(pag
 
 def test_a_token_is_asked_for_and_never_copied(page: Page) -> None:
     with live.run_engine(live.engine(VALUE_TO_TEXT), http=live.http(token="open-sesame")) as port:
-        page.open(port)
+        open_tiny(page, port)
         assert "wants a bearer token" in page.alerts()[0]
         page.set("#token-value", "open-barley")
         page.press("Use token")
@@ -388,7 +304,7 @@ def test_a_token_is_asked_for_and_never_copied(page: Page) -> None:
 
 
 def test_a_server_that_is_gone_is_told_and_asked_again(page: Page, steerlm: live.ServerProcess) -> None:
-    page.open(steerlm.port)
+    open_tiny(page, steerlm.port)
     page.one("#compare").click()
     steerlm.kill()
     try:
@@ -405,9 +321,9 @@ def test_a_server_that_is_gone_is_told_and_asked_again(page: Page, steerlm: live
 
 def test_a_value_model_grades_a_pasted_response(page: Page) -> None:
     with live.run_engine(live.engine(TEXT_TO_VALUE)) as port:
-        page.open(port)
+        open_tiny(page, port)
         assert not page.all("input[type=range]")
-        assert "value model" in page.one("main[data-for=grade]").text
+        assert "value model" in page.one("#grading").text
         cases = (("poor laugh hallo", ["1", "2", "de"]), ("great dry hello", ["4", "0", "en"]))
         for number, (text, expected) in enumerate(cases, start=1):
             page.set("#question", "Tell me.")
@@ -417,7 +333,7 @@ def test_a_value_model_grades_a_pasted_response(page: Page) -> None:
             page.until(lambda: len(page.all("#grades table")) == number)  # noqa: B023
             newest = page.all("#grades .graded")[0]
             assert newest.find_element(By.CSS_SELECTOR, ".response").text == text
-            assert [cell.text for cell in newest.find_elements(By.CSS_SELECTOR, "td.value")] == expected
+            assert [cell.text for cell in newest.find_elements(By.CSS_SELECTOR, "td.value b")] == expected
             line = "quality:{},humor:{},lang:{}".format(*expected)
             assert newest.find_element(By.CSS_SELECTOR, "code").text == line
         (graded,) = json.loads(run_shell(page.request("curl", 0)))["conversations"]
@@ -427,9 +343,9 @@ def test_a_value_model_grades_a_pasted_response(page: Page) -> None:
 def test_a_model_without_a_format_continues_text(page: Page, endless: HFEngine) -> None:
     plain = HFEngine(endless.model, endless.info.tokenizer, None, "plain")
     with live.run_engine(plain) as port:
-        page.open(port)
+        open_tiny(page, port)
         assert not page.all("input[type=range]")
-        assert "no attribute schema" in page.one("main[data-for=continue]").text
+        assert "no attribute schema" in page.one("#why-plain").text
         page.set("#max-tokens", "12")
         page.set("#text", "Once upon a time")
         page.press("Continue")
@@ -441,16 +357,15 @@ def test_a_model_without_a_format_continues_text(page: Page, endless: HFEngine) 
 
 
 def test_every_control_has_a_name_and_the_page_fits_a_phone(page: Page, steerlm: live.ServerProcess) -> None:
-    metrics = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    page.open(steerlm.port)
-    page.one("summary").click() if not page.all("#controls") else None
+    page.fit(360, 740)
+    open_tiny(page, steerlm.port)
+    page.one("#settings > summary").click()
     nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     controls = [
         (node["role"]["value"], node["name"]["value"])
         for node in nodes
         if any(prop["name"] == "focusable" and prop["value"]["value"] for prop in node.get("properties", []))
-        and node["role"]["value"] not in ("RootWebArea", "generic", "MenuListPopup")
+        and node["role"]["value"] not in ("RootWebArea", "generic", "MenuListPopup", "main")
     ]
     assert {"slider", "combobox", "checkbox", "spinbutton", "textbox", "button"} <= {role for role, _ in controls}
     assert all(name for _, name in controls), controls
@@ -464,4 +379,5 @@ def test_an_installed_package_has_the_page(tmp_path: Path) -> None:
     command = [sys.executable, "-c", build, "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True)
     static = tmp_path / "steerlm_nemo" / "serving" / "static"
-    assert sorted(file.name for file in static.iterdir()) == ["page.css", "page.html", "page.js", "requests.js"]
+    sources = Path(page_routes.__file__).parent / "static"
+    assert sorted(file.name for file in static.iterdir()) == sorted(file.name for file in sources.iterdir())
