@@ -19,22 +19,29 @@ MAX_TOP_LOGPROBS = 20
 class Sample:
     """One prompt to continue. The API has checked every field, so an engine may rely on the ranges below."""
 
-    prompt_ids: tuple[int, ...]  # at least one, and shorter than the context
-    tokens_to_generate: int = 64  # >= 1; prompt and generated tokens together fit the context
-    min_tokens_to_generate: int = 0  # eos cannot be drawn before this many; other stops still end the row
-    greedy: bool = False  # argmax; temperature, top_k, top_p and repetition_penalty are then ignored
+    prompt_ids: tuple[int, ...]  # at least one
+    # Prompt and generated tokens together fit the context. 0, where prompt_logprobs are wanted: the prompt is scored.
+    tokens_to_generate: int = 64
+    min_tokens_to_generate: int = 0  # eos cannot be drawn before this many; other stops still end the row, but
+    stops_wait: bool = False  # with this, no stop does: no stop id can be drawn, and texts are looked for from there on
+    greedy: bool = False  # argmax; temperature, top_k, top_p, min_p, penalties and biases are then ignored
     temperature: float = 1.0  # 0 < t <= 100
     top_k: int = 0  # 0: off; at most the vocabulary size
     top_p: float = 0.9  # 0 or 1: off
+    min_p: float = 0.0  # 0 to 1, of the likeliest token's probability; 0: off
     repetition_penalty: float = 1.0  # >= 1; 1: off
-    stop_ids: tuple[int, ...] = ()  # eos is among them
+    frequency_penalty: float = 0.0  # these two are OpenAI's, of generated tokens
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    stop_ids: tuple[int, ...] = ()  # eos is among them, unless it is to be a token like others
     stop_texts: tuple[str, ...] = ()  # stop strings of several tokens: compare with the tail of the decoded row
     stop_anywhere: tuple[str, ...] = ()  # end the row in the middle of a token, too; of generated text only
     random_seed: int | None = None  # below 2**63
     compute_logprob: bool = False  # of every token, the prompt's too
     all_probs: bool = False  # likewise, of the whole vocabulary; nothing of the prompt is then taken from the cache
-    token_logprobs: bool = False  # of generated tokens only
+    token_logprobs: bool = False  # of generated tokens
     top_logprobs: int = 0  # 0 to MAX_TOP_LOGPROBS likeliest tokens at every generated place
+    prompt_logprobs: bool = False  # the last two of the prompt's tokens after its first, too
     # Steps to go through, each a choice among token sequences none of which begins another; () is free generation.
     # A step with one sequence is forced. The likeliest next token decides, step by step; the last step ends the row.
     constraint: tuple[tuple[tuple[int, ...], ...], ...] = ()
@@ -86,10 +93,9 @@ class Completion:
     logprob: tuple[float, ...] | None = None  # compute_logprob: len(token_ids) - 1, token t+1 given the ones before
     full_logprob: list[list[float]] | None = None  # all_probs: the same positions, one number per vocabulary entry
     num_overruled: int = 0  # choices of a constraint where the model's own first token was none of the allowed
-    token_logprobs: tuple[float, ...] | None = None  # asked with token_logprobs: one per generated token
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = (
-        None  # per generated token (id, logprob), best first
-    )
+    # One per generated token; with prompt_logprobs, one per token after the first, as `logprob`.
+    token_logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # of the same, (id, logprob), best first
     choices: tuple[Choice, ...] = ()  # one per constraint step of more than one option
 
 
@@ -108,12 +114,13 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TokenMade:
-    """The last two are there where the sample asks for them, but not of constrained rows."""
+    """Log-probabilities are there where the sample asks for them, but not of constrained rows."""
 
     row: int
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: str | None = None  # of the row's last token: "stop" | "length"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,11 @@ class Row:
     @property
     def num_to_feed(self) -> int:
         """Of the tokens known, those that have to be computed at all: no logits after the last one are scored."""
+        return max(self.num_to_score, 1)
+
+    @property
+    def num_to_score(self) -> int:
+        """Positions whose logits can be wanted, of the tokens known."""
         return len(self.ids) - (self.ends is not None and self.scored_from is not None)
 
     @property
@@ -61,7 +66,7 @@ class SampleRow(Row):
     def __init__(self, number: int, sample: Sample, guesses: Guesses) -> None:
         num_prompt = len(sample.prompt_ids)
         scored_from = None
-        if sample.compute_logprob or sample.all_probs:
+        if sample.compute_logprob or sample.all_probs or sample.prompt_logprobs:
             scored_from = 0
         elif sample.token_logprobs or sample.top_logprobs:
             scored_from = num_prompt - 1
@@ -77,15 +82,18 @@ class SampleRow(Row):
         self.walk = Walk(sample.constraint, self.ids, guesses) if sample.constraint else None
         if self.walk is not None and self.walk.has_ended:
             self.ends = "stop"
+        elif not sample.tokens_to_generate:
+            self.ends = "length"
 
     @property
     def num_generated(self) -> int:
         return len(self.ids) - self.num_given
 
-    @property
-    def is_early(self) -> bool:
-        """eos may not come yet."""
-        return self.num_generated < self.sample.min_tokens_to_generate
+    def not_yet(self, eos_id: int) -> tuple[int, ...]:
+        """Tokens that cannot be drawn now."""
+        if self.num_generated >= self.sample.min_tokens_to_generate:
+            return ()
+        return self.sample.stop_ids if self.sample.stops_wait else (eos_id,)
 
     @property
     def takes_remembered(self) -> bool:
@@ -95,10 +103,11 @@ class SampleRow(Row):
         """Events of the tokens that came since the last call."""
         new = self.ids[self.num_given + self.num_told :]
         self.num_told += len(new)
+        ends = [None] * (len(new) - 1) + [self.ends]
         if not new or not self.sample.token_logprobs or self.walk is not None:
-            return [TokenMade(self.number, token) for token in new]
+            return [TokenMade(self.number, token, finish_reason=end) for token, end in zip(new, ends, strict=False)]
         top_logprobs = self.top_logprobs[-1] if self.sample.top_logprobs else ()
-        return [TokenMade(self.number, token, self.logprob[-1], top_logprobs) for token in new]
+        return [TokenMade(self.number, token, self.logprob[-1], top_logprobs, self.ends) for token in new]
 
     def add_distributions(self, logprobs_SV: torch.Tensor) -> None:
         """Keep what is asked for of the whole vocabulary at the positions from `first_wanted` on."""
@@ -106,13 +115,14 @@ class SampleRow(Row):
         if sample.all_probs:
             self.full_logprob += logprobs_SV.tolist()
         if sample.top_logprobs:
-            best = logprobs_SV[max(self.num_given - 1 - self.first_wanted, 0) :].topk(sample.top_logprobs)
+            first = 0 if sample.prompt_logprobs else max(self.num_given - 1 - self.first_wanted, 0)
+            best = logprobs_SV[first:].topk(sample.top_logprobs)
             for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 self.top_logprobs.append(tuple(zip(ids, values, strict=True)))
 
     def completion(self) -> Completion:
         sample, walk = self.sample, self.walk
-        of_prompt = self.num_given - 1 if self.scored_from == 0 else 0
+        of_prompt = self.num_given - 1 if self.scored_from == 0 and not sample.prompt_logprobs else 0
         return Completion(
             token_ids=tuple(self.ids),
             num_prompt_tokens=self.num_given,

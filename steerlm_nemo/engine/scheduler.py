@@ -183,7 +183,7 @@ class Scheduler:
         self._cache.extend(row.line, row.ids[row.fed : end])
         self.counters.prefilled_tokens += max(min(end, row.num_given) - row.fed, 0)
         if row.scored_from is not None or end == len(row.ids):
-            row.wanted = range(row.first_wanted, end)
+            row.wanted = range(row.first_wanted, min(end, row.num_to_score))
         else:
             row.wanted = range(0)
         if isinstance(row, SampleRow) and row.walk is not None:
@@ -264,7 +264,7 @@ class Scheduler:
         not_yet = [
             (row, place)
             for row, place in rows
-            if row.generator is None and tokens[row] == self._info.tokenizer.eos_id and row.is_early
+            if row.generator is None and tokens[row] in row.not_yet(self._info.tokenizer.eos_id)
         ]
         if not_yet:
             best = self._permitted(not_yet, logits_NV).argmax(-1).tolist()
@@ -286,10 +286,11 @@ class Scheduler:
                 row.ends = self._finish_reason(row, token)
 
     def _permitted(self, rows: Sequence[tuple[SampleRow, int]], logits_NV: torch.Tensor) -> torch.Tensor:
-        """The rows' logits, without eos where it comes too early."""
+        """A copy of the rows' logits, without those of stops that come too early."""
         logits = logits_NV[torch.tensor([place for _, place in rows], device=logits_NV.device)]
-        early = [n for n, (row, _) in enumerate(rows) if row.is_early]
-        logits[early, self._info.tokenizer.eos_id] = -torch.inf
+        for n, (row, _) in enumerate(rows):
+            if early := row.not_yet(self._info.tokenizer.eos_id):
+                logits[n, list(early)] = -torch.inf
         return logits
 
     def _fail(self, row: Row, events: list[Event]) -> None:
@@ -339,22 +340,27 @@ class Scheduler:
         places = np.array([place for _, places in rows for place in places])
         logprobs = _logprobs(logits_NV, places, np.array([token for tokens in targets for token in tokens]))
         start = 0
-        for row, row_places in rows:
+        for number, (row, row_places) in enumerate(rows):
             mine = logprobs[start : start + len(row_places)]
+            tokens = targets[number]
             start += len(row_places)
-            self._cache.remember(row.line, row.first_wanted, mine)
             if isinstance(row, SampleRow) and (row.sample.all_probs or row.sample.top_logprobs):
-                row.add_distributions(logits_NV[torch.tensor(row_places, device=logits_NV.device)].log_softmax(-1))
+                whole = logits_NV[torch.tensor(row_places, device=logits_NV.device)].log_softmax(-1)
+                # The same numbers, to the last bit: clients find out so whether a token is the likeliest.
+                mine = whole.gather(1, torch.tensor(tokens, device=whole.device)[:, None])[:, 0].tolist()
+                row.add_distributions(whole)
+            self._cache.remember(row.line, row.first_wanted, mine)
             row.logprob += mine
 
     def _finish_reason(self, row: SampleRow, token: int) -> str | None:
         sample = row.sample
         if token in sample.stop_ids:
             return "stop"
-        if sample.stop_texts or sample.stop_anywhere:
+        first = len(sample.prompt_ids) + (sample.min_tokens_to_generate if sample.stops_wait else 0)
+        if (sample.stop_texts or sample.stop_anywhere) and len(row.ids) > first:
             # A character is at most four tokens, and some tokens are no text at all.
             tail = 16 + 4 * max(map(len, sample.stop_texts + sample.stop_anywhere))
-            text = last_text(self._info.tokenizer, row.ids, len(sample.prompt_ids), tail)
+            text = last_text(self._info.tokenizer, row.ids, first, tail)
             if text.endswith(sample.stop_texts) or any(stop in text for stop in sample.stop_anywhere):
                 return "stop"
         return "length" if row.num_generated >= sample.tokens_to_generate else None

@@ -48,10 +48,13 @@ def last_text(tokenizer: ServedTokenizer, ids: Sequence[int], num_prompt: int, n
     return tokenizer.decode([*before, *ids[num_prompt:]])[len(tokenizer.decode(before)) :]
 
 
-def without_end(text: str, stops: Sequence[str]) -> str:
-    """Text up to the first stop string."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
+def without_end(text: str, stops: Sequence[str], first: int = 0, *, keep: bool = False) -> str:
+    """Text up to the first stop string that begins at character `first` or later; with `keep`, the string, too."""
+    found = [(place, stop) for stop in stops if (place := text.find(stop, first)) >= 0]
+    if not found:
+        return text
+    place, stop = min(found)
+    return text[: place + len(stop) * keep]
 
 
 def safe_length(text: str, ends: Sequence[str]) -> int:

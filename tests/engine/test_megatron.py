@@ -120,6 +120,29 @@ def assert_near(ours: Any, theirs: Any) -> None:
     assert found[-1] < 1e-4
 
 
+@pytest.mark.slow
+@EVERY_ENGINE
+def test_prompts_are_scored_as_transformers_does_and_the_likeliest_is_told_to_the_last_bit(
+    by_tp_size: dict[int, Any], genuine_checkpoint: Path, tp_size: int, engine: str
+) -> None:
+    reference = HFEngine.load(genuine_checkpoint)
+    reference.model.double()
+    found, expected, num_likeliest = [], [], 0
+    for n, (ids, logprobs, best) in enumerate(by_tp_size[tp_size][engine]["echoed"]):
+        prompt = all_prompts(genuine_checkpoint)[n]
+        assert (ids[: len(prompt)], len(ids) - len(prompt)) == (prompt, n % 2)
+        assert len(logprobs) == len(best) == len(ids) - 1
+        if len(ids) == 1:
+            continue
+        found.append([logprobs])
+        expected.append(score(reference, [ScoreRequest((ids[0],), (tuple(ids[1:]),))])[0].token_logprobs)
+        for token, logprob, ((first, most), _) in zip(ids[1:], logprobs, best, strict=True):
+            assert (logprob == most) == (token == first)
+            num_likeliest += token == first
+    assert_near(found, expected)
+    assert num_likeliest > 10
+
+
 @pytest.fixture(scope="module")
 def exact_scores(genuine_checkpoint: Path) -> list[tuple[tuple[float, ...], ...]]:
     """Hugging Face's in float64, of the same requests, each span by a forward pass of its own."""

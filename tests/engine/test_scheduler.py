@@ -278,6 +278,101 @@ def test_whole_distributions_are_not_taken_from_memory():
         assert row == pytest.approx((logits - np.log(np.exp(logits).sum())).tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("max_step_tokens", [5, 200])
+@pytest.mark.parametrize("num_tokens", [0, 1, 4])
+def test_a_prompt_is_scored_with_what_comes_after_it_and_the_likeliest_tokens_of_every_place(
+    max_step_tokens, num_tokens
+):
+    model, planner = Model(), scheduler(max_step_tokens=max_step_tokens)
+    chance = random.Random(12)
+    texts = [*prompts(6, chance), (7,), tuple(chance.choices(range(2, 20), k=CONTEXT - num_tokens))]
+    samples = [
+        Sample(text, num_tokens, greedy=True, token_logprobs=True, top_logprobs=2, prompt_logprobs=True)
+        for text in texts
+    ]
+    for _ in range(2):  # now with all that is remembered
+        for sample, completion in zip(samples, run(planner, model, samples), strict=True):
+            ids = completion.token_ids
+            assert (len(ids), completion.finish_reason) == (len(sample.prompt_ids) + num_tokens, "length")
+            assert list(completion.token_logprobs) == pytest.approx(expected_logprobs(model, ids, 1), abs=1e-5)
+            assert len(completion.top_logprobs) == len(ids) - 1
+            for n, (best, logprob) in enumerate(
+                zip(completion.top_logprobs, completion.token_logprobs, strict=True), 1
+            ):
+                order = np.argsort(-model.logits_after(ids[:n]))
+                assert [token for token, _ in best] == order[:2].tolist()
+                # To the last bit: by this, clients tell whether a token is what greedy would have taken.
+                assert (logprob == best[0][1]) == (ids[n] == order[0])
+
+
+def made(model, sample):
+    """The tokens made, one by one, and what is said of the last one."""
+    planner = scheduler()
+    planner.add(sample)
+    events = []
+    while (plan := planner.plan()) is not None:
+        events += planner.take(model.run(plan))
+    *tokens, finished = events
+    assert [token.finish_reason for token in tokens[:-1]] == [None] * (len(tokens) - 1)
+    assert tokens[-1].finish_reason == finished.completion.finish_reason
+    return [token.token_id for token in tokens], tokens[-1].finish_reason
+
+
+def test_the_last_token_of_a_row_says_how_it_ends():
+    model = Model(lambda prefix: {9: 50.0 if len(prefix) > 5 else 0.0})
+    assert made(model, Sample((3, 4, 5), 2, greedy=True))[1] == "length"
+    tokens, finish_reason = made(model, Sample((3, 4, 5), 20, greedy=True, stop_ids=(9,)))
+    assert (tokens[-1], len(tokens), finish_reason) == (9, 4, "stop")
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_stops_that_wait_cannot_come_before_the_least_number_of_tokens(greedy):
+    model = Model(lambda prefix: {9: 50.0, 1: 40.0})
+    common = {"greedy": greedy, "stop_ids": (1, 9), "random_seed": 4}
+    assert made(model, Sample((3, 4), 20, **common))[0] == [9]
+    assert made(model, Sample((3, 4), 20, min_tokens_to_generate=6, **common))[0] == [9]  # eos alone waits
+    tokens, finish_reason = made(model, Sample((3, 4), 20, min_tokens_to_generate=6, stops_wait=True, **common))
+    assert (len(tokens), tokens[-1], finish_reason) == (7, 9, "stop")
+    assert not {1, 9} & set(tokens[:-1])
+
+
+def test_eos_that_is_no_stop_is_a_token_like_others():
+    assert made(Model(lambda prefix: {1: 50.0}), Sample((3, 4), 7, greedy=True)) == ([1] * 7, "length")
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({}, [9, 9, 9, 9, 9, 9]),
+        ({"logit_bias": ((8, 30.0), (7, 80.0))}, [7, 7, 7, 7, 7, 7]),
+        ({"logit_bias": ((9, -100.0),)}, [8, 8, 8, 8, 8, 8]),
+        ({"frequency_penalty": 9.0}, [9, 9, 8, 9, 8, 9]),  # 60 and 46.5, less 9 for every time
+        ({"presence_penalty": 30.0}, [9, 8, 9, 9, 9, 9]),
+        ({"repetition_penalty": 1.2}, [9, 9, 9, 9, 9, 9]),
+        ({"repetition_penalty": 2.0}, [9, 8, 9, 9, 9, 9]),
+    ],
+)
+def test_rules_change_which_token_is_the_likeliest(rule, expected):
+    """The prompt has none of them: penalties of OpenAI count generated tokens only."""
+    model = Model(lambda prefix: {9: 60.0, 8: 46.5})
+    model.rows[:] = 0
+    assert made(model, Sample((3, 4), 6, top_k=1, **rule))[0] == expected
+
+
+def test_tokens_less_likely_than_min_p_of_the_likeliest_are_never_drawn():
+    model = Model(lambda prefix: {9: 3.0, 8: 2.0, 7: 1.0})  # e^-1 and e^-2 of the likeliest
+    model.rows[:] = 0
+
+    def drawn(**settings):
+        return set(made(model, Sample((3, 4), 90, top_p=1.0, random_seed=1, **settings))[0])
+
+    assert drawn(min_p=0.2) == {9, 8}
+    assert drawn(min_p=0.1) == {9, 8, 7}
+    assert drawn(min_p=1.0) == {9}
+    assert len(drawn()) > 3
+    assert drawn(min_p=0.3) == {9, 8} and drawn(min_p=0.3, temperature=2.0) == {9, 8, 7}  # of what is tempered
+
+
 def test_a_cancelled_request_gives_everything_back():
     model, planner = Model(), scheduler(num_places=CONTEXT, max_rows=4, max_step_tokens=16)
     prompt = tuple(range(2, 20))

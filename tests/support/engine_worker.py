@@ -61,6 +61,11 @@ def _ours(engine: MegatronEngine, prompts: list[list[int]], tokens_to_generate: 
     greedy = [sample(prompt, greedy=True) for prompt in prompts]
     scored = [sample(prompt, greedy=True, compute_logprob=True, all_probs=i == 0) for i, prompt in enumerate(prompts)]
     partly = [sample(prompt, greedy=True, token_logprobs=True, top_logprobs=3) for prompt in prompts]
+    # As lm-evaluation-harness has prompts scored: with one token after them, or none.
+    echoed = [
+        Sample(tuple(prompt), n % 2, greedy=True, token_logprobs=True, top_logprobs=2, prompt_logprobs=True)
+        for n, prompt in enumerate(prompts)
+    ]
     drawn = [sample(prompt, random_seed=7, top_k=20, top_p=0.95) for prompt in prompts]
     penalised = sample(prompts[0], top_k=1, repetition_penalty=50.0)
     scored_done, partly_done = complete(engine, scored), complete(engine, partly)
@@ -75,6 +80,7 @@ def _ours(engine: MegatronEngine, prompts: list[list[int]], tokens_to_generate: 
         "full_logprob": scored_done[0].full_logprob,
         "token_logprobs": [done.token_logprobs for done in partly_done],
         "top_logprobs": [done.top_logprobs for done in partly_done],
+        "echoed": [[done.token_ids, done.token_logprobs, done.top_logprobs] for done in complete(engine, echoed)],
         "drawn": _ids(complete(engine, drawn)),
         "drawn alone": [complete(engine, [one])[0].token_ids for one in drawn],
         "drawn among others": _ids(complete(engine, [*greedy, penalised, *reversed(drawn)])[len(greedy) + 1 :])[::-1],

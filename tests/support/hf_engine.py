@@ -91,12 +91,17 @@ class HFEngine:
         log_probs: list[torch.Tensor] = []  # row t: distribution of token t+1
         finish_reason, num_overruled = "length", 0
         self.counters.prefilled_tokens += len(ids)
+        if not sample.tokens_to_generate:
+            log_probs = list(self.model(torch.tensor([ids])).logits[0, :, : self.info.vocab_size].log_softmax(-1))
         for step in range(sample.tokens_to_generate):
             logits = self.model(torch.tensor([pending]), past_key_values=cache).logits[0, :, : self.info.vocab_size]
             log_probs += list(logits.log_softmax(-1))
             last = logits[-1].clone()
-            if step < sample.min_tokens_to_generate:
-                last[self.info.tokenizer.eos_id] = -torch.inf
+            is_early = step < sample.min_tokens_to_generate
+            if is_early:
+                last[list(sample.stop_ids) if sample.stops_wait else [self.info.tokenizer.eos_id]] = -torch.inf
+            if not sample.greedy:
+                _apply_rules(last, sample, ids)
             token = int(last.argmax()) if sample.greedy else _draw(last, sample, chance)
             if sample.constraint:
                 allowed = _allowed(sample, ids[len(sample.prompt_ids) :])
@@ -108,21 +113,24 @@ class HFEngine:
             ids.append(token)
             self.counters.generated_tokens += 1
             score = float(log_probs[-1][token]) if sample.token_logprobs else None
-            yield TokenMade(
-                row, token, score, *(_top(log_probs[-1:], sample.top_logprobs) if sample.top_logprobs else ())
-            )
+            top = _top(log_probs[-1:], sample.top_logprobs)[0] if sample.top_logprobs else ()
             pending = [token]
-            made = self.info.tokenizer.decode(ids[len(sample.prompt_ids) :])
-            if (
+            first = len(sample.prompt_ids) + (sample.min_tokens_to_generate if sample.stops_wait else 0)
+            made = self.info.tokenizer.decode(ids[first:])
+            if not (sample.stops_wait and len(ids) <= first) and (
                 token in sample.stop_ids
                 or self.info.tokenizer.decode(ids).endswith(sample.stop_texts)
                 or any(stop in made for stop in sample.stop_anywhere)
             ):
                 finish_reason = "stop"
+            is_last = finish_reason == "stop" or step == sample.tokens_to_generate - 1
+            yield TokenMade(row, token, score, top, finish_reason if is_last else None)
+            if is_last:
                 break
         rows = torch.stack(log_probs)[: len(ids) - 1]
         num_prompt = len(sample.prompt_ids)
-        chosen = tuple(rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
+        chosen = tuple(rows.gather(1, torch.tensor(ids[1:], dtype=torch.int64)[:, None])[:, 0].tolist())
+        told = 0 if sample.prompt_logprobs else num_prompt - 1
         return Completion(
             tuple(ids),
             num_prompt,
@@ -130,8 +138,8 @@ class HFEngine:
             chosen if sample.compute_logprob else None,
             rows.tolist() if sample.all_probs else None,
             num_overruled,
-            chosen[num_prompt - 1 :] if sample.token_logprobs else None,
-            _top(rows[num_prompt - 1 :], sample.top_logprobs) if sample.top_logprobs else None,
+            chosen[told:] if sample.token_logprobs else None,
+            _top(rows[told:], sample.top_logprobs) if sample.top_logprobs else None,
             self._choices(sample, ids),
         )
 
@@ -184,9 +192,20 @@ def _allowed(sample: Sample, generated: list[int]) -> set[int] | None:
     return None
 
 
+def _apply_rules(logits: torch.Tensor, sample: Sample, ids: list[int]) -> None:
+    for token, bias in sample.logit_bias:
+        logits[token] += bias
+    for token in set(ids):
+        logits[token] *= sample.repetition_penalty if logits[token] < 0 else 1 / sample.repetition_penalty
+    generated = ids[len(sample.prompt_ids) :]
+    for token in set(generated):
+        logits[token] -= sample.frequency_penalty * generated.count(token) + sample.presence_penalty
+
+
 def _draw(logits: torch.Tensor, sample: Sample, chance: torch.Generator) -> int:
     probs = (logits / sample.temperature).softmax(-1)
     ordered, order = probs.sort(descending=True)
+    ordered[ordered < sample.min_p * ordered[0]] = 0
     if sample.top_k:
         ordered[sample.top_k :] = 0
     if 0 < sample.top_p < 1:
