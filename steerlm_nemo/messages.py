@@ -12,8 +12,13 @@ ROLES = {"user": USER, "assistant": ASSISTANT}
 Messages = Sequence[Mapping[str, object]]
 
 
-def conversation_of(messages: str | Messages, line: Attributes, schema: AttributeSchema, system: str) -> Conversation:
-    """The history a response is asked for, in training's own type. Raises InputError."""
+def conversation_of(
+    messages: str | Messages, line: Attributes | None, schema: AttributeSchema, system: str
+) -> Conversation:
+    """The history a response is asked for, in training's own type. Raises InputError.
+
+    `line` is the past responses' where a message has none of its own; None for a model without attributes.
+    """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not messages:
@@ -27,7 +32,7 @@ def conversation_of(messages: str | Messages, line: Attributes, schema: Attribut
     system, turns = _turns(messages, system, past)
     if not turns or turns[-1].role != USER:
         raise InputError("the last message must be the user's; the model writes the assistant's")
-    return Conversation(system, turns, RecordRef("messages"), VALUE_TO_TEXT)
+    return Conversation(system, turns, RecordRef("messages"), None if line is None else VALUE_TO_TEXT)
 
 
 def conversation_to_grade(messages: Messages, schema: AttributeSchema, system: str) -> Conversation:

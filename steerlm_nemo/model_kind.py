@@ -21,7 +21,8 @@ MODEL_HEADER = "x-model-identity"  # of every answer of a server: the weights, c
 
 # What a model can be asked for.
 GENERATE = "generate"  # continue any text
-CHAT = "chat"  # respond to a conversation, at requested attributes
+CHAT = "chat"  # respond to a conversation
+STEER = "steer"  # and that at requested attributes
 LINES = "lines"  # write a full attribute line after a prompt, with probabilities
 GRADE = "grade"  # give the turns of conversations attributes
 SCORE = "score"  # give conversations numbers, without writing text
@@ -42,14 +43,14 @@ def _kind(name: str, title: str, record_type: RecordType | None, *abilities: str
 
 
 GRADER = _kind("grader", "a value model, which grades by writing", TEXT_TO_VALUE, GENERATE, LINES, GRADE)
-STEERLM = _kind("steerlm", "a SteerLM model, which responds at attributes", VALUE_TO_TEXT, GENERATE, CHAT)
-PLAIN = _kind("plain", "a model fine-tuned on conversations without attributes", None, GENERATE)
+STEERLM = _kind("steerlm", "a SteerLM model, which responds at attributes", VALUE_TO_TEXT, GENERATE, CHAT, STEER)
+PLAIN = _kind("plain", "a model fine-tuned on conversations without attributes", None, GENERATE, CHAT)
 REGRESSION = _kind("regression", "a regression model, which grades by numbers", None, GRADE, SCORE)
 REWARD = _kind("reward", "a pairwise reward model", None, SCORE)
-PREFERENCE = _kind("preference", "a model aligned by preferences", VALUE_TO_TEXT, GENERATE, CHAT)
+PREFERENCE = _kind("preference", "a model aligned by preferences", VALUE_TO_TEXT, GENERATE, CHAT, STEER)
 KINDS = {kind.name: kind for kind in (GRADER, STEERLM, PLAIN, REGRESSION, REWARD, PREFERENCE)}
 
-# A checkpoint that no trainer of this project has made continues text, and that is all.
+# A checkpoint that no trainer of this project has made continues text, and chats where it brings a template of its own.
 ABILITIES_WITHOUT_KIND = frozenset({GENERATE})
 
 
@@ -140,6 +141,10 @@ class SteerLMFormat:
     def steering_prompt(self, conversation: Conversation, attributes: Attributes) -> str:
         """Text after which the model responds to a conversation at these attributes."""
         return self.template.steering_prompt(conversation, ASSISTANT, attributes.line)
+
+    def plain_prompt(self, conversation: Conversation) -> str:
+        """Text after which a model that knows no attributes responds to a conversation."""
+        return self.template.plain_prompt(conversation, ASSISTANT)
 
     def require_same(self, other: SteerLMFormat, ours: str, theirs: str) -> None:
         """Raise FormatMismatchError, printing both sides, unless both agree in everything."""

@@ -179,6 +179,13 @@ class ChatTemplate:
         before = "".join(s.text for s in self.segments(asked) if s.turn < last)
         return before + self.turn_start + role + self.end_of_name + self.label_start + line + self.end_of_name
 
+    def plain_prompt(self, conversation: Conversation, role: str) -> str:
+        """Text after which a model trained on conversations without attributes writes a response of `role`."""
+        asked = replace(conversation, turns=(*conversation.turns, Turn(role, "")), type=None)
+        last = len(conversation.turns)
+        before = "".join(s.text for s in self.segments(asked) if s.turn < last)
+        return before + self.turn_start + role + self.end_of_name
+
     def response_text(self, completion: str) -> str:
         """A completion without its end marker and the end of turn before it, as training closes a turn."""
         for marker in (self.turn_start, self.label_start):

@@ -10,6 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from steerlm_nemo.records import read_whole
 
 if TYPE_CHECKING:
     import sentencepiece
+    import tokenizers
 
 
 class SentencePieceTokenizer:
@@ -65,6 +67,20 @@ class SentencePieceTokenizer:
 
     def id_to_piece(self, token_id: int) -> str:
         return self._start.id_to_piece(token_id) if token_id < self.vocab_size else f"<padding {token_id}>"
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Text and id of the tokens that no text becomes: control tokens and the unknown one."""
+        model = self._start
+        ids = (i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i))
+        return {model.id_to_piece(i): i for i in ids}
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """Text of the tokens that have a part, as transformers names it: `bos_token` and others."""
+        model = self._start
+        ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+        return {name: model.id_to_piece(token_id) for name, token_id in ids.items() if token_id >= 0}
 
 
 class _WordByWord:
@@ -216,6 +232,22 @@ class HuggingFaceTokenizer:
 
     def id_to_piece(self, token_id: int) -> str:
         return self._tokenizer.convert_ids_to_tokens(token_id)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Text and id of the special tokens, each of which its own text becomes."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {token.content: token_id for token_id, token in added if token.special}
+
+    @property
+    def special_names(self) -> dict[str, str | list[str]]:
+        """Text of the tokens that have a part, as transformers names it: `bos_token` and others."""
+        return dict(self._tokenizer.special_tokens_map)
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """What a fast tokenizer really is."""
+        return self._tokenizer.backend_tokenizer
 
 
 def load_sentencepiece(path: str | Path, model: bytes) -> sentencepiece.SentencePieceProcessor:

@@ -28,6 +28,7 @@ ORDER = (
         "tokenizer",
     ),
     "correlation",  # numbers that both data and evaluation state
+    "own_template",  # how a model that others trained is asked
     "model_kind",  # what a model answers, and how it is trained
     "ranks",  # processes of one job
     "workers",  # processes that share work

@@ -15,6 +15,7 @@ from steerlm_nemo.model_kind import (
     GRADER,
     KINDS,
     PLAIN,
+    STEER,
     STEERLM,
     SteerLMFormat,
     kind_trained_on,
@@ -67,5 +68,6 @@ def test_records_make_the_kind_that_learns_from_them():
 
 def test_the_table_says_who_can_do_what():
     assert [kind.name for kind in kinds_that(GRADE)] == ["grader", "regression"]
-    assert [kind.name for kind in kinds_that(CHAT)] == ["steerlm", "preference"]
+    assert [kind.name for kind in kinds_that(CHAT)] == ["steerlm", "plain", "preference"]
+    assert [kind.name for kind in kinds_that(STEER)] == ["steerlm", "preference"]
     assert all(name == kind.name and kind.abilities for name, kind in KINDS.items())

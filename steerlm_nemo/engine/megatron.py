@@ -98,6 +98,7 @@ class MegatronEngine:
                 "kv_cache_tokens": num_places,
             },
             identity=loaded.identity,
+            own_template=loaded.own_template,
         )
         cache = KVCache(num_lines, num_places, context_length)
         self._scheduler = Scheduler(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from steerlm_nemo.errors import InputError
 from steerlm_nemo.model_kind import SteerLMFormat
+from steerlm_nemo.own_template.own import OwnTemplate
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 ServedTokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
@@ -110,6 +111,7 @@ class ModelInfo:
     format: SteerLMFormat | None  # None: a checkpoint without one, such as a stock base model
     report: dict[str, Any]  # capability report; the keys `tp_size` and `dtype` are shown by GET /health
     identity: str = ""  # equal for the same weights, config and tokenizer, however packed; "" where nobody knows
+    own_template: OwnTemplate | None = None  # of a model without a format that brings one
 
 
 @dataclass(frozen=True)

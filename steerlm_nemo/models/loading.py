@@ -18,6 +18,8 @@ from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer, localise_tok
 from steerlm_nemo.compat import Capabilities, prepare, quiet_logs
 from steerlm_nemo.errors import CheckpointError, ConfigError
 from steerlm_nemo.model_kind import SteerLMFormat
+from steerlm_nemo.models.own_template import own_template_of
+from steerlm_nemo.own_template.own import OwnTemplate
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 # NeMo's names of precisions, and what they mean for the weights of a model that only generates.
@@ -35,6 +37,7 @@ class LoadedModel:
     tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer
     config: dict[str, Any]  # model_config.yaml
     format: SteerLMFormat | None
+    own_template: OwnTemplate | None  # of a model without a format: a trained one is asked as it was trained
     tp_size: int
     precision: str
     capabilities: Capabilities
@@ -134,12 +137,14 @@ def load_for_inference(path: str | Path, tensor_model_parallel_size: int = 1, pr
             strict=True,
         )
         tokenizer = load_tokenizer(nemo)
+        served = SteerLMFormat.of_config(nemo.config)
         loaded = LoadedModel(
             name=name_of(nemo),
             nemo_model=model,
             tokenizer=tokenizer,
             config=nemo.config,
-            format=SteerLMFormat.of_config(nemo.config),
+            format=served,
+            own_template=None if served else own_template_of(nemo, tokenizer),
             tp_size=tensor_model_parallel_size,
             precision=precision,
             capabilities=capabilities,

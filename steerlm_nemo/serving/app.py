@@ -7,6 +7,7 @@ whose fault it is. Bodies are never logged.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -19,16 +20,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from steerlm_nemo.engine.protocol import Engine
+from steerlm_nemo.engine.protocol import Engine, ModelInfo
 from steerlm_nemo.engine.watch import Patience
 from steerlm_nemo.engine.worker import EngineWorker
+from steerlm_nemo.errors import InputError
 from steerlm_nemo.serving import http as answers
 from steerlm_nemo.serving import page
 from steerlm_nemo.serving.front_door import FrontDoor, HttpSettings
 from steerlm_nemo.serving.requests.body import BadRequest
 from steerlm_nemo.serving.routes.document import document
 from steerlm_nemo.serving.routes.operation import Operation, Server, abilities_of, why_absent
-from steerlm_nemo.serving.routes.table import TABLE, TABLE_NEMO123
+from steerlm_nemo.serving.routes.table import TABLE, TABLE_NEMO123, for_chat
+from steerlm_nemo.serving.samples.chat import Chat, chat_of
+
+logger = logging.getLogger("steerlm_nemo.serving")
 
 
 def build_app(
@@ -42,13 +47,15 @@ def build_app(
     worker = EngineWorker(engine, max_batch_rows, http.max_waiting_requests, patience)
     info = engine.info
     door = FrontDoor(worker, engine, http.token)
-    table = TABLE_NEMO123 if compat else TABLE
-    operations = [row for row in table if row.ability is None or row.ability in abilities_of(info)]
-    absent = {row.path: why_absent(row, info) for row in table if row not in operations}
+    chat, problem = _chat_of(info)
+    table = [for_chat(row, chat) for row in (TABLE_NEMO123 if compat else TABLE)]
+    operations = [row for row in table if row.ability is None or row.ability in abilities_of(info, chat)]
+    absent = {row.path: why_absent(row, info, problem) for row in table if row not in operations}
     server = Server(
         answers.EngineCalls(worker),
         door,
         info,
+        chat,
         int(time.time()),
         http.max_prompts,
         document(operations, info),
@@ -60,6 +67,8 @@ def build_app(
         worker.start()
         yield
         await asyncio.to_thread(worker.stop)
+        if chat:
+            chat.close()
 
     async def http_error(request: Request, err: Any) -> Response:
         path = request.url.path
@@ -96,6 +105,15 @@ def build_app(
             expose_headers=("X-Request-Id", "Retry-After"),
         )
     return app
+
+
+def _chat_of(info: ModelInfo) -> tuple[Chat | None, str]:
+    """How the model is chatted with, or why it is not although it brings a template; then the rest is served."""
+    try:
+        return chat_of(info), ""
+    except InputError as err:
+        logger.warning("no chat with model %s: %s", info.name, err)
+        return None, str(err)
 
 
 def _route(operation: Operation, server: Server) -> Route:

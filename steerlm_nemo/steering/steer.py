@@ -19,7 +19,7 @@ from steerlm_nemo.client.pool import ServerPool
 from steerlm_nemo.conversation import SYSTEM_PROMPT
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.messages import conversation_of
-from steerlm_nemo.model_kind import CHAT, SteerLMFormat
+from steerlm_nemo.model_kind import STEER, SteerLMFormat
 from steerlm_nemo.records import RawLine, dump_record
 
 WORDS = Words("steer", "answered", "no response", "", "--output_file")
@@ -79,7 +79,7 @@ def steer(
         ServerError: the server is down, timed out or answered with an error.
     """
     servers = connect(endpoint)
-    served = servers.require_format(CHAT)
+    served = servers.require_format(STEER)
     return respond(servers, served, [(messages, attributes, system)], sampling or Sampling())[0]
 
 
@@ -143,7 +143,7 @@ def steer_file(
     """
     servers, sampling = connect(endpoint), sampling or Sampling()
     source, output = require_sound(input_file, output_file, servers, batch_size)
-    served = servers.require_format(CHAT)
+    served = servers.require_format(STEER)
     served.schema.complete(attributes)  # or every record would be at fault
     job = _Steering(servers, served, attributes, system, sampling)
     settings = {"attributes": dict(attributes), "system": system, **sampling.body()}

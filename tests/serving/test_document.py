@@ -101,7 +101,7 @@ GRADING_ROUTES = {"/v1/annotate", "/v1/attribute_lines"}
 ROUTES_OF = {
     "grader": TEXT_ROUTES | GRADING_ROUTES,
     "steerlm": TEXT_ROUTES | CHAT_ROUTES,
-    "plain": TEXT_ROUTES,
+    "plain": TEXT_ROUTES | CHAT_ROUTES,
     "regression": set(),
     "reward": set(),
     "preference": TEXT_ROUTES | CHAT_ROUTES,

@@ -16,7 +16,8 @@ from hf_engine import HFEngine
 from steerlm_nemo.conversation import Conversation, RecordRef, Turn
 from steerlm_nemo.engine.text import GrowingText, safe_length, token_bytes
 from steerlm_nemo.serving.requests.openai import ChatRequest, Only, WithoutEffect
-from steerlm_nemo.serving.samples.openai import chat_samples, requested_line
+from steerlm_nemo.serving.samples.chat import chat_of
+from steerlm_nemo.serving.samples.openai import chat_samples
 from steerlm_nemo.steering.steer import Sampling, steer
 
 VALUES = {"quality": 1, "humor": 2, "lang": "de"}
@@ -51,7 +52,8 @@ def chat(client, messages=ASK, **options):
 
 def samples_of(body, info):
     request = ChatRequest.from_json(body, max_prompts=128)
-    return chat_samples(request, requested_line(request, info.format), info, info.format, 128).samples
+    chatting = chat_of(info)
+    return chat_samples(request, chatting.line(request), info, chatting, 128).samples
 
 
 def streamed(chunks):
@@ -110,6 +112,17 @@ def test_the_prompt_of_a_chat_is_the_beginning_of_a_training_record_token_by_tok
     prompt = samples_of(body, engine.info)[0].prompt_ids
     assert prompt == trained.token_ids[: len(prompt)]
     assert tokenizer.decode(list(trained.token_ids[len(prompt) :])) == "poor laugh hallo\n\x11"
+
+
+@pytest.mark.parametrize("num_words", [0, 1, 2])
+def test_a_begun_response_is_continued_at_the_requested_attributes(client, engine, num_words):
+    for values in ({"quality": 4, "humor": 0, "lang": "en"}, {"quality": 0, "humor": 2, "lang": "de"}):
+        begun = " ".join(tiny_world.response(values).split(" ")[:num_words])
+        messages = [*ASK, {"role": "assistant", "content": begun}]
+        keys = {"attributes": values, "continue_final_message": True, "add_generation_prompt": False}
+        assert begun + chat(client, messages, extra_body=keys).choices[0].message.content == tiny_world.response(values)
+        whole = samples_of({"messages": ASK, "attributes": values}, engine.info)[0].prompt_ids
+        assert samples_of({"messages": messages, **keys}, engine.info)[0].prompt_ids[: len(whole)] == whole
 
 
 def test_a_chat_is_answered_as_the_steering_client_is(client, port):

@@ -183,7 +183,7 @@ def test_tokens_to_generate_are_clipped_to_the_context_and_a_full_prompt_is_refu
     ids = info.tokenizer.encode("hello " * 20)
     sample = generate_samples(read({"sentences": ["hello " * 20], "tokens_to_generate": 4096}), info)[0]
     assert sample.tokens_to_generate == 64 - len(ids)
-    with pytest.raises(BadRequest, match="the model's context is 64 tokens"):
+    with pytest.raises(BadRequest, match="This model's maximum context length is 64 tokens"):
         generate_samples(read({"sentences": ["hello " * 100]}), info)
 
 

@@ -23,7 +23,8 @@ from steerlm_nemo.engine.protocol import (
     TokenMade,
 )
 from steerlm_nemo.model_kind import SteerLMFormat
-from steerlm_nemo.tokenizer import SentencePieceTokenizer
+from steerlm_nemo.own_template.own import OwnTemplate
+from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 
 class HFEngine:
@@ -31,7 +32,12 @@ class HFEngine:
     another."""
 
     def __init__(
-        self, model: LlamaForCausalLM, tokenizer: SentencePieceTokenizer, served: SteerLMFormat | None, name: str
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer,
+        served: SteerLMFormat | None,
+        name: str,
+        own_template: OwnTemplate | None = None,
     ) -> None:
         self.model = model.eval()
         self.calls: list[int] = []  # rows that began together
@@ -46,6 +52,7 @@ class HFEngine:
             context_length=model.config.max_position_embeddings,
             format=served,
             report={"tp_size": 1, "dtype": "float32"},
+            own_template=own_template,
         )
 
     @classmethod

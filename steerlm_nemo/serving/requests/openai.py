@@ -46,9 +46,50 @@ class Message(Body):
         """As `steerlm_nemo.messages` takes it."""
         return {
             "role": "system" if self.role == "developer" else self.role,
-            "content": self.content if isinstance(self.content, str) else "".join(part.text for part in self.content),
+            "content": self.text(),
             "attributes": self.attributes,
         }
+
+    def text(self) -> str:
+        """The parts of the content, one after the other."""
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class ToolFunction(Body):
+    name: Text
+    arguments: Annotated[Text | dict[Text, Any], Field(description="A JSON object, or one in a string.")] = "{}"
+
+
+class ToolCall(Body):
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: ToolFunction
+
+
+OwnContent = Annotated[
+    Text | Annotated[list[TextPart], OneError] | None, Field(description="May be left out beside tool_calls.")
+]
+
+
+class OwnMessage(Message):
+    """A message for a model's own chat template, which may know tools."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]  # type: ignore[assignment]
+    content: OwnContent = None  # type: ignore[assignment]
+    attributes: Annotated[Any, Only({})] = None
+    name: Annotated[Text | None, Field(description="For the template to use.")] = None
+    tool_calls: Annotated[list[ToolCall] | None, OneError] = None
+    tool_call_id: Text | None = None
+    reasoning_content: Annotated[Text | None, Field(description="For the template to use.")] = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            refuse("a message needs content, or the assistant's tool_calls", "messages")
+        if self.tool_calls and self.role != "assistant":
+            refuse(f"tool_calls are the assistant's; a {self.role} message has none", "messages")
+        return self
 
 
 class StreamOptions(Body):
@@ -113,6 +154,12 @@ class ChatRequest(SampledRequest):
         Positive | None, Field(description="Left out: as many as the context has room for.")
     ] = None
     max_tokens: Annotated[Positive | None, Field(description="The old name of max_completion_tokens.")] = None
+    continue_final_message: Annotated[
+        bool, Field(description="Not OpenAI's. The response goes on with the last message, the assistant's.")
+    ] = False
+    add_generation_prompt: Annotated[
+        bool | None, Field(description="Not OpenAI's. Left out: true, unless continue_final_message is.")
+    ] = None
     logprobs: bool = False
     top_logprobs: NumTop | None = None
     response_format: Annotated[Any, Only({"type": "text"})] = None
@@ -126,8 +173,35 @@ class ChatRequest(SampledRequest):
             refuse("top_logprobs needs logprobs: true", "top_logprobs")
         return self
 
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            refuse("continue_final_message and add_generation_prompt cannot both be true", "continue_final_message")
+        return self
+
     def num_top_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+_OURS = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+class OwnChatRequest(ChatRequest):
+    """A chat with a model that brings its own chat template, and no attributes."""
+
+    messages: Annotated[list[OwnMessage], Field(min_length=1), OneError]  # type: ignore[assignment]
+    attributes: Annotated[Any, Only({})] = None
+    chat_template_kwargs: Annotated[
+        dict[Text, Any] | None,
+        Field(max_length=100, description="Not OpenAI's. Further variables of the template, such as enable_thinking."),
+        FewKeys,
+    ] = None
+
+    @model_validator(mode="after")
+    def _variables_of_its_own(self) -> Self:
+        if taken := [name for name in _OURS if name in (self.chat_template_kwargs or {})]:
+            refuse(f"chat_template_kwargs.{taken[0]} is not for the client to set", "chat_template_kwargs")
+        return self
 
 
 TokenIds = Annotated[list[Count], Field(min_length=1), OneError]

@@ -20,8 +20,8 @@ from steerlm_nemo.engine.text import GrowingText, safe_length, token_bytes, with
 from steerlm_nemo.serving.http import Done, EventStream, Made, json_response
 from steerlm_nemo.serving.requests.body import BadRequest
 from steerlm_nemo.serving.requests.openai import ChatRequest, CompletionRequest, SampledRequest
-from steerlm_nemo.serving.routes.operation import Server, abilities_of
-from steerlm_nemo.serving.samples.openai import Asked, chat_samples, completion_samples, requested_line
+from steerlm_nemo.serving.routes.operation import Server, abilities_of, what_it_is
+from steerlm_nemo.serving.samples.openai import Asked, chat_samples, completion_samples
 
 Ends = Literal["stop", "length"]
 
@@ -103,17 +103,17 @@ class Head(TypedDict):
 
 
 class ChatAnswer(Head):
-    """`attributes` is the full line that the response was asked for at."""
+    """`attributes` is the full line that the response was asked for at, by a model that has attributes."""
 
     object: Literal["chat.completion"]
-    attributes: dict[str, int | str]
+    attributes: NotRequired[dict[str, int | str]]
     choices: list[ChatChoice]
     usage: Usage
 
 
 class ChatChunk(Head):
     object: Literal["chat.completion.chunk"]
-    attributes: dict[str, int | str]
+    attributes: NotRequired[dict[str, int | str]]
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
 
@@ -131,7 +131,8 @@ class CompletionChunk(Head):
 
 
 class Model(TypedDict):
-    """`abilities` are what the kind of the model lets it be asked for."""
+    """`title` says what the model is, after "is"; `abilities` are what it can be asked for; `template` is how messages
+    become a prompt: by this project's markers, or by the chat template that the model brings."""
 
     id: str
     object: Literal["model"]
@@ -139,7 +140,9 @@ class Model(TypedDict):
     owned_by: str
     context_length: int
     kind: str | None
+    title: str
     abilities: list[str]
+    template: Literal["markers", "own"] | None
 
 
 class Models(TypedDict):
@@ -149,9 +152,9 @@ class Models(TypedDict):
 
 async def chat(server: Server, request: Request, body: ChatRequest) -> Response:
     _require_model(body.model, server.info)
-    served = server.format()
-    line = requested_line(body, served)
-    asked = await asyncio.to_thread(chat_samples, body, line, server.info, served, server.max_prompts)
+    chatting = server.chat()
+    line = chatting.line(body)
+    asked = await asyncio.to_thread(chat_samples, body, line, server.info, chatting, server.max_prompts)
     return await _answer(server, request, body, asked, _ChatForm(server.info, line))
 
 
@@ -180,7 +183,9 @@ def _card(server: Server) -> Model:
         "owned_by": "steerlm-nemo",
         "context_length": info.context_length,
         "kind": info.format.kind.name if info.format else None,
-        "abilities": sorted(abilities_of(info)),
+        "title": what_it_is(info),
+        "abilities": sorted(abilities_of(info, server.chatting)),
+        "template": server.chatting.template if server.chatting else "markers" if info.format else None,
     }
 
 
@@ -269,9 +274,10 @@ class _Form(ABC):
 class _ChatForm(_Form):
     whole, part, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, info: ModelInfo, line: Attributes) -> None:
+    def __init__(self, info: ModelInfo, line: Attributes | None) -> None:
         super().__init__(info)
-        self.head["attributes"] = line.as_dict()
+        if line is not None:
+            self.head["attributes"] = line.as_dict()
 
     def choice(self, text: str, logprobs: Any) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}

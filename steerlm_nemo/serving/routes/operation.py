@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steerlm_nemo.engine.protocol import ModelInfo
-from steerlm_nemo.model_kind import ABILITIES_WITHOUT_KIND, SteerLMFormat, kinds_that
+from steerlm_nemo.model_kind import ABILITIES_WITHOUT_KIND, CHAT, GENERATE, SteerLMFormat, kinds_that
 from steerlm_nemo.serving.front_door import FrontDoor
 from steerlm_nemo.serving.http import EngineCalls
 from steerlm_nemo.serving.requests.body import Body
 from steerlm_nemo.serving.requests.generate import GenerateRequest
+from steerlm_nemo.serving.samples.chat import Chat
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,17 @@ class Server:
     calls: EngineCalls
     door: FrontDoor
     info: ModelInfo
+    chatting: Chat | None  # how the model is chatted with
     started: int  # seconds since 1970
     max_prompts: int  # of one request, times n
     document: Mapping[str, Any]  # what GET /openapi.json answers
     pads_rows: bool  # /generate pads rows that ended early with eos, as the reference does
+
+    def chat(self) -> Chat:
+        """Of a model with the ability, as all are that the route is there for."""
+        if self.chatting is None:
+            raise TypeError(f"model {self.info.name} does not chat")
+        return self.chatting
 
     def format(self) -> SteerLMFormat:
         """Of a model with a kind, as all are that routes with an ability of a kind are there for."""
@@ -60,16 +68,27 @@ class Operation:
     media_type: str = "application/json"
 
 
-def abilities_of(info: ModelInfo) -> frozenset[str]:
-    return info.format.kind.abilities if info.format else ABILITIES_WITHOUT_KIND
+def abilities_of(info: ModelInfo, chat: Chat | None) -> frozenset[str]:
+    if info.format:
+        return info.format.kind.abilities
+    return ABILITIES_WITHOUT_KIND | ({CHAT} if chat else frozenset())
 
 
 def what_it_is(info: ModelInfo) -> str:
     """In a sentence, after "is"."""
-    return info.format.kind.title if info.format else "a checkpoint without a kind, which continues text"
+    if info.format:
+        return info.format.kind.title
+    if info.own_template:
+        return "a checkpoint with a chat template of its own"
+    return "a checkpoint without a kind, which continues text"
 
 
-def why_absent(operation: Operation, info: ModelInfo) -> str:
-    """Which models have the route, and what this one is."""
+def why_absent(operation: Operation, info: ModelInfo, problem: str) -> str:
+    """Which models have the route, and what this one is; or the problem with it."""
+    if operation.ability == CHAT and problem:
+        return f"{operation.path} is not there (POST /v1/completions continues text), for {problem}"
     able = " or ".join(f"{kind.title} ({kind.name})" for kind in kinds_that(operation.ability or ""))
+    if operation.ability == CHAT:
+        able += " or a checkpoint with a chat template of its own"
+        able += " (POST /v1/completions continues text)" if GENERATE in abilities_of(info, None) else ""
     return f"{operation.path} needs {able}; model {info.name} is {what_it_is(info)}"

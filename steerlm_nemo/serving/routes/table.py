@@ -16,6 +16,7 @@ from steerlm_nemo.serving.routes.attribute_lines import AttributeLinesAnswer, at
 from steerlm_nemo.serving.routes.document import Document
 from steerlm_nemo.serving.routes.generate import GenerateAnswer, generate
 from steerlm_nemo.serving.routes.operation import Operation
+from steerlm_nemo.serving.samples.chat import Chat
 
 TABLE = (
     Operation(
@@ -32,7 +33,7 @@ TABLE = (
         ("POST",),
         "/v1/chat/completions",
         "chat",
-        "A response at the requested attributes",
+        "A response to a conversation",
         openai.chat,
         openai.ChatAnswer,
         ChatRequest,
@@ -124,6 +125,12 @@ TABLE = (
     ),
     Operation(("GET",), "/openapi.json", "openapi", "This document", status.openapi, Document),
 )
+
+
+def for_chat(operation: Operation, chat: Chat | None) -> Operation:
+    """The row for models that are chatted with like this, which decides what a message may be."""
+    return replace(operation, body=chat.body) if chat and operation.body is ChatRequest else operation
+
 
 # With compat=nemo1.23: the same routes, one of which takes what NeMo's server took.
 TABLE_NEMO123 = tuple(

@@ -1,8 +1,4 @@
-"""OpenAI's requests as engine samples, and how their tokens become an answer.
-
-The prompt of a chat is the one of `scripts/steered_inference.py`, built by the same functions, so that it begins as the
-model's training records do.
-"""
+"""OpenAI's requests as engine samples, and how their tokens become an answer."""
 
 from __future__ import annotations
 
@@ -10,14 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from steerlm_nemo.attributes import Attributes
-from steerlm_nemo.conversation import SYSTEM_PROMPT
 from steerlm_nemo.engine.protocol import ModelInfo, Sample
 from steerlm_nemo.engine.text import without_end
-from steerlm_nemo.errors import InputError
-from steerlm_nemo.messages import conversation_of
-from steerlm_nemo.model_kind import SteerLMFormat
 from steerlm_nemo.serving.requests.body import MAX_INTEGER, BadRequest
 from steerlm_nemo.serving.requests.openai import ChatRequest, CompletionRequest, SampledRequest
+from steerlm_nemo.serving.samples.chat import Chat
 from steerlm_nemo.serving.samples.prompts import prompt_ids, room_for, stops
 
 
@@ -38,48 +31,29 @@ class Asked:
         return cut if cut != generated else self.trim(generated)
 
 
-def requested_line(request: ChatRequest, served: SteerLMFormat) -> Attributes:
-    """The attributes that the response is asked for at. Raises BadRequest."""
-    try:
-        return served.schema.complete(request.attributes or {})
-    except InputError as err:
-        raise BadRequest(f"attributes: {err}", param="attributes") from err
-
-
-def chat_samples(
-    request: ChatRequest, line: Attributes, info: ModelInfo, served: SteerLMFormat, max_prompts: int
-) -> Asked:
+def chat_samples(request: ChatRequest, line: Attributes | None, info: ModelInfo, chat: Chat, max_prompts: int) -> Asked:
     """Raises BadRequest."""
-    for message in request.messages:
-        if message.attributes is not None and message.role != "assistant":
-            raise BadRequest(
-                f"a {message.role} message has no attributes; the requested ones are a key of the body",
-                param="messages",
-            )
-    messages = [message.plain() for message in request.messages]
-    try:
-        prompt = served.steering_prompt(conversation_of(messages, line, served.schema, SYSTEM_PROMPT), line)
-    except InputError as err:
-        raise BadRequest(str(err), param="messages") from err
     _require_few(1, request, max_prompts)
-    ids = prompt_ids(prompt, info, add_BOS=False, name="messages")
+    prompt = chat.prompt(request, line)
     limits = [limit for limit in (request.max_completion_tokens, request.max_tokens) if limit is not None]
-    markers = (served.template.turn_start, served.template.label_start)
-    end_of_turn = served.template.end_of_turn
     samples = _samples(
         request,
-        {"messages": ids},
+        {"messages": prompt.ids},
         min(limits, default=MAX_INTEGER),
         info,
-        markers,
+        prompt.markers,
         request.num_top_logprobs(),
     )
+    if prompt.stop_ids:
+        samples = tuple(
+            replace(sample, stop_ids=tuple(dict.fromkeys((*sample.stop_ids, *prompt.stop_ids)))) for sample in samples
+        )
     return Asked(
         samples,
-        len(ids),
+        len(prompt.ids),
         request.stop_strings(),
-        (*request.stop_strings(), *markers, *(end_of_turn + marker for marker in markers)),
-        served.template.response_text,
+        (*request.stop_strings(), *prompt.ends),
+        prompt.trim,
         ("",) * len(samples),
     )
 

@@ -19,13 +19,8 @@ def prompt_ids(prompt: str, info: ModelInfo, add_BOS: bool, name: str) -> list[i
     """
     tokenizer = info.tokenizer
     # Tokenising megabytes would hold everybody up for a minute: SentencePiece does not let other threads run.
-    if len(prompt) > (most := info.context_length * longest_piece(tokenizer)):
-        raise BadRequest(
-            f"{name} has {len(prompt)} characters, which leaves no room to generate: the model's context is "
-            f"{info.context_length} tokens, {most} characters at the very most. Shorten the prompt.",
-            param=name,
-            code="context_length_exceeded",
-        )
+    if len(prompt) > most_characters(info):
+        raise no_room(name, f"{len(prompt)} characters", info)
     if info.format is not None:
         template = info.format.template
         ids = template.encode_prompt(prompt, tokenizer.for_template(astuple(template)))
@@ -36,6 +31,21 @@ def prompt_ids(prompt: str, info: ModelInfo, add_BOS: bool, name: str) -> list[i
     if tokenizer.bos_id is None or tokenizer.bos_id < 0:
         raise BadRequest("add_BOS is true, but this model's tokenizer has no BOS token", param="add_BOS")
     return [tokenizer.bos_id, *ids]
+
+
+def most_characters(info: ModelInfo) -> int:
+    """No longer text can fit the context."""
+    return info.context_length * longest_piece(info.tokenizer)
+
+
+def no_room(name: str, length: str, info: ModelInfo) -> BadRequest:
+    """The refusal of a prompt that fills the context. It begins as OpenAI's, by which clients know it."""
+    return BadRequest(
+        f"This model's maximum context length is {info.context_length} tokens. However, {name} has {length}, which "
+        "leaves no room to generate. Shorten the prompt.",
+        param=name,
+        code="context_length_exceeded",
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -49,19 +59,17 @@ def room_for(ids: Sequence[int], info: ModelInfo, name: str) -> int:
     if not ids:
         raise BadRequest(f"{name} is empty; give it text, or set add_BOS to true", param=name)
     if (room := info.context_length - len(ids)) < 1:
-        raise BadRequest(
-            f"{name} has {len(ids)} tokens, which leaves no room to generate: "
-            f"the model's context is {info.context_length} tokens. Shorten the prompt.",
-            param=name,
-            code="context_length_exceeded",
-        )
+        raise no_room(name, f"{len(ids)} tokens", info)
     return room
 
 
 def stops(end_strings: Sequence[str], info: ModelInfo) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """End strings as token ids where one token is enough, as texts otherwise. eos always ends a row."""
+    """End strings as token ids where one token is enough, as texts otherwise.
+
+    eos always ends a row, and so does what generation_config.json says of a model that brings its own chat template.
+    """
     tokenizer = info.tokenizer
-    ids, texts = [tokenizer.eos_id], []
+    ids, texts = [tokenizer.eos_id, *(info.own_template.end_ids if info.own_template else ())], []
     # The reference's test for "one token": what the string adds to a text that cannot merge with it.
     base = tokenizer.encode("<extra_id_1>")
     for end in end_strings:
