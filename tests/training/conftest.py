@@ -18,25 +18,27 @@ from steerlm_nemo.tokenizer import SentencePieceTokenizer
 
 @pytest.fixture(scope="session")
 def base_nemo(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with grouped-query attention, converted by the script users call."""
+    """A random Qwen3: grouped-query attention, and norms of its heads. Converted by the script users call."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = Qwen3Config(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,
         vocab_size=SentencePieceTokenizer(small_model).vocab_size,
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
+        initializer_range=0.15,  # so that a gradient that lacks the other rank's heads shows in the losses
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
     shutil.copy(small_model, folder / "tokenizer.model")
     out = folder / "base.nemo"
     subprocess.run(
