@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf, open_dict
 
 from steerlm_nemo.checkpoint.archive import open_nemo
 from steerlm_nemo.checkpoint.identity import identity, name_of
-from steerlm_nemo.checkpoint.llama_config import tp_sizes
+from steerlm_nemo.checkpoint.llama_config import SOURCE_KEY, tp_sizes
 from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer, localise_tokenizer
 from steerlm_nemo.compat import Capabilities, prepare, quiet_logs
 from steerlm_nemo.errors import CheckpointError, ConfigError
@@ -47,13 +48,16 @@ class LoadedModel:
 def undivided(config: Mapping[str, Any], tp_size: int) -> Iterator[str]:
     """What tensor-parallel ranks cannot share evenly, of a model with this config; and which sizes can."""
     shared = {key: config.get(key) or 0 for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
-    fitting = [str(size) for size in tp_sizes(*shared.values()) if not any(number % size for number in shared.values())]
-    for key, number in shared.items():
-        if number % tp_size:
-            yield (
-                f"tensor_model_parallel_size {tp_size} does not divide the checkpoint's {key} {number}; "
-                f"this model takes {' or '.join(fitting)}"
-            )
+    sizes = tp_sizes(*shared.values())
+    fitting = " or ".join(str(size) for size in sizes if not any(number % size for number in shared.values()))
+    undividable = [f"{key} {number}" for key, number in shared.items() if number % tp_size]
+    for key in undividable:
+        yield f"tensor_model_parallel_size {tp_size} does not divide the checkpoint's {key}; this model takes {fitting}"
+    if not undividable and SOURCE_KEY in config and math.lcm(*sizes) % tp_size:  # rows as conversion here pads them
+        yield (
+            f"tensor_model_parallel_size {tp_size} would give the checkpoint's vocabulary another number of rows than "
+            f"it has; this model takes {fitting}"
+        )
 
 
 def check_parallelism(config: Mapping[str, Any], tp_size: int, pp_size: int, num_ranks: int) -> None:

@@ -225,3 +225,11 @@ def test_nine_heads_in_three_groups_are_for_three_ranks(make_llama: MakeLlama, t
     with pytest.raises(ConfigError, match=r"2 does not divide .* num_attention_heads 9; this model takes 1 or 3"):
         check_parallelism(config, 2, 1, 2)
     check_parallelism(config, 3, 1, 3)
+
+
+@pytest.mark.parametrize("tp_size", [3, 5, 6])
+def test_a_size_that_divides_the_heads_but_not_the_vocabulary_is_refused_by_name(tp_size: int) -> None:
+    sizes = {"num_attention_heads": 60, "num_query_groups": 60, "ffn_hidden_size": 120, "hf_checkpoint": {}}
+    with pytest.raises(ConfigError, match="another number of rows than it has; this model takes 1 or 2 or 4"):
+        check_parallelism(sizes, tp_size, 1, tp_size)
+    check_parallelism(sizes, 4, 1, 4)
