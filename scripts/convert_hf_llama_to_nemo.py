@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Convert a Hugging Face Llama folder (safetensors) to a .nemo file that loads at any tensor-parallel size.
+"""Convert a Hugging Face Llama folder to a .nemo file that loads at any tensor-parallel size.
+
+Mistral, Qwen2, Qwen3 and Phi-3 convert, too; docs/checkpoints.md has the table.
 
 scripts/convert_hf_llama_to_nemo.py --in-file models/llama-2-7b-hf --out-file models/llama-2-7b.nemo
 
@@ -25,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="Hugging Face checkpoint: config.json, *.safetensors, tokenizer.model or tokenizer.json",
+        help="Hugging Face checkpoint: config.json, weights (safetensors or .bin), tokenizer.model or tokenizer.json",
     )  # fmt: skip
     parser.flag(
         *("out_file", "output_path"),

@@ -59,6 +59,8 @@ def _every_layer(raw: Mapping[str, Any]) -> int | None:
 
 def _from_a_layer_on(raw: Mapping[str, Any]) -> int | None:
     first, num_layers = raw.get("max_window_layers"), raw["num_hidden_layers"]
+    if not isinstance(raw.get("use_sliding_window") or False, bool):
+        raise Unsupported(f"use_sliding_window is {shown(raw['use_sliding_window'])}, neither true nor false")
     if not raw.get("use_sliding_window") or raw.get("sliding_window") is None:
         return None
     if type(first) is not int or 0 < first < num_layers:

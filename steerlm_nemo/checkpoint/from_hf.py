@@ -1,4 +1,4 @@
-"""Hugging Face Llama folder -> `.nemo`: no model is built, and neither NeMo nor torch is imported.
+"""Hugging Face folder -> `.nemo`: no model is built, and neither NeMo nor torch is imported.
 
 Refusals come first. A Megatron tensor is the rows of its Hugging Face parts in another order, so the rest is copying:
 pieces of 4 MiB are read, summed up and appended to the archive, whatever the size of the model. Only another precision

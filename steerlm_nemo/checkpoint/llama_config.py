@@ -70,9 +70,10 @@ class HFConfig:
         )
         if attention_bias != mlp_bias:
             one, other = ("attention_bias", "mlp_bias") if attention_bias else ("mlp_bias", "attention_bias")
+            cure = f". Set {other} to true and add such biases of zero: that computes the same"
             raise Unsupported(
                 f"{one} is true and {other} is not; in NeMo either all linear layers have a bias, or those of query, "
-                "key and value (Qwen2ForCausalLM), or none"
+                f"key and value (Qwen2ForCausalLM), or none{cure if other in row.bias_keys else ''}"
             )
         return Traits(
             tied=bool(raw.get("tie_word_embeddings", False)),
@@ -201,7 +202,9 @@ def _problems(config: HFConfig) -> list[str]:
         key for key in _OPTIONAL_SIZES if raw[key] is not None and (type(raw[key]) is not int or raw[key] < 1)
     ]:
         return [f"{key} is {raw[key]!r}, not a positive whole number" for key in wrong]
-    problems = [f"{key} is {raw[key]!r}, not a number" for key in _NUMBERS if not _is_number(raw[key])]
+    problems = [
+        f"{key} is {raw[key]!r}, not a number, or a negative one" for key in _NUMBERS if not _is_number(raw[key], 0)
+    ]
     if not isinstance(raw["tie_word_embeddings"], bool):
         problems.append(f"tie_word_embeddings is {raw['tie_word_embeddings']!r}, neither true nor false")
     for key in ("attention_bias", "mlp_bias"):
@@ -233,7 +236,7 @@ def _problems(config: HFConfig) -> list[str]:
         return [*problems, f"rope_parameters differ by layer ({', '.join(nested)}); NeMo's Llama has one rope for all"]
     if raw.get("rope_theta") not in (None, rope["rope_theta"]):
         problems.append(f"rope_theta is {raw['rope_theta']}, but {rope['rope_theta']} in rope_parameters; keep one")
-    if not _is_number(rope["rope_theta"]) or not rope["rope_theta"] > 0:
+    if not _is_number(rope["rope_theta"], 0) or not rope["rope_theta"]:
         problems.append(f"rope_theta is {rope['rope_theta']!r}, not a positive number")
     for rotary in (raw.get("partial_rotary_factor", 1.0), rope.get("partial_rotary_factor", 1.0)):
         if rotary not in (None, 1.0):
@@ -245,12 +248,16 @@ def _problems(config: HFConfig) -> list[str]:
     elif absent := [key for key in needed if key not in rope]:
         problems.append(f"rope type {rope['rope_type']} lacks {', '.join(absent)}")
     else:
-        problems += [f"{key} of the rope is {rope[key]!r}, not a number" for key in needed if not _is_number(rope[key])]
+        problems += [
+            f"{key} of the rope is {rope[key]!r}, not a number above 0"
+            for key in needed
+            if not _is_number(rope[key], 0) or not rope[key]
+        ]
     return problems
 
 
-def _is_number(value: object) -> bool:
-    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
+def _is_number(value: object, least: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < math.inf
 
 
 def tp_sizes(num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int) -> tuple[int, ...]:

@@ -156,10 +156,11 @@ def _of_tokenizer_json(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
 def _loadable(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
     """What to pack so that transformers loads it by itself and makes the tokens that the source makes.
 
-    transformers 5 names classes that 4 has not, and where no class is named transformers guesses one by the model, with
-    tokens that the file may not have. Then tokenizer.json is read as it is: it holds the whole tokenizer but for which
-    tokens begin and end a text.
+    transformers 5 names classes that 4 has not; where no class is named transformers guesses one by the model; and a
+    class may bring tokens that no file has, such as an unknown token, for which the model has no row. Then
+    tokenizer.json is read as it is: it holds the whole tokenizer but for which tokens begin and end a text.
     """
+    declared = len({**_ids_of_json(str(folder / HUGGINGFACE), files[HUGGINGFACE]), **_added_tokens(folder, files)})
     plain_config, names_a_class = _plain_config(folder / TOKENIZER_CONFIG, files)
     source, reason = _load(folder) if names_a_class else (None, "")
     if source is not None:
@@ -167,6 +168,7 @@ def _loadable(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
     else:
         expected = _tokens_of_json(folder / HUGGINGFACE, files[HUGGINGFACE])
     plain = {**files, TOKENIZER_CONFIG: plain_config}
+    fitting: list[tuple[int, dict[str, bytes]]] = []
     for candidate in (files, plain):
         with tempfile.TemporaryDirectory(prefix="tokenizer-") as packed:
             for name, data in candidate.items():
@@ -177,12 +179,18 @@ def _loadable(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
         elif [tokenizer.encode(text) for text in _SAMPLES] != expected:
             reason = "it makes other tokens than the source"
         elif source is None or tokenizer.eos_id == source.eos_id:
-            notes = (f"{TOKENIZER_CONFIG} names no class that loads here; {HUGGINGFACE} is read as it is",)
-            return TokenizerFiles(
-                "huggingface", tokenizer.vocab_size, candidate, notes if candidate is plain and source is None else ()
-            )
+            fitting.append((tokenizer.vocab_size, candidate))
+            if tokenizer.vocab_size <= declared:
+                break
         else:
             reason = f"its texts end in token {tokenizer.eos_id}, those of the source in {source.eos_id}"
+    if fitting:
+        size, chosen = min(fitting, key=lambda pair: pair[0])
+        notes: tuple[str, ...] = ()
+        if chosen is plain:
+            why = "a class that adds tokens which no file has" if source is not None else "no class that loads here"
+            notes = (f"{TOKENIZER_CONFIG} names {why}; {HUGGINGFACE} is read as it is",)
+        return TokenizerFiles("huggingface", size, chosen, notes)
     raise InputError(
         f"{folder / TOKENIZER_CONFIG}: what would be packed of this tokenizer does not load as it should: {reason}. "
         'Set tokenizer_class to "PreTrainedTokenizerFast", or save the tokenizer with the installed transformers.'

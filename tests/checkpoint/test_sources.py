@@ -120,6 +120,7 @@ def with_tokenizer_config(source: Path, folder: Path, change: dict[str, Any] | N
         {"tokenizer_class": "TokenizerOfNextYear"},
         {"tokenizer_class": "TheirTokenizer", "auto_map": {"AutoTokenizer": [None, "theirs.TheirTokenizer"]}},
         {"tokenizer_class": None},
+        {"tokenizer_class": "Qwen2Tokenizer"},
     ],
 )
 def test_a_tokenizer_of_an_unknown_class_is_read_from_its_json(
@@ -137,6 +138,13 @@ def test_a_tokenizer_of_an_unknown_class_is_read_from_its_json(
     assert (packed.bos_token_id, packed.eos_token_id, len(packed)) == (*ids, len(known))
     text = "  The table — each row\n<|eot_id|> 42"
     assert packed.encode(text, add_special_tokens=False) == known.encode(text, add_special_tokens=False)
+
+
+def test_a_token_that_the_config_adds_by_itself_stays(llama3_style: Path, tmp_path: Path) -> None:
+    """As old folders have it: a padding token that is in no other file, and that every class adds."""
+    folder = with_tokenizer_config(llama3_style, tmp_path / "model", {"pad_token": "[PAD]"})
+    found = find_tokenizer(folder)
+    assert (found.size, found.notes) == (find_tokenizer(llama3_style).size + 1, ())
 
 
 def test_a_tokenizer_that_loads_is_packed_as_it_is(llama3_style: Path) -> None:
@@ -305,6 +313,8 @@ def test_a_missing_tensor_is_named_whatever_else_is_there(
         ({"num_key_value_heads": "two"}, "num_key_value_heads is 'two'"),
         ({"head_dim": [16]}, "head_dim is [16]"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', not a number"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06, not a number, or a negative one"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor of the rope is 0, not a number above 0"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope type is ['linear']"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor of the rope is '2', not a number"),
