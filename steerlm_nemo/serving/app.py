@@ -24,6 +24,7 @@ from steerlm_nemo.engine.protocol import Engine, ModelInfo
 from steerlm_nemo.engine.watch import Patience
 from steerlm_nemo.engine.worker import EngineWorker
 from steerlm_nemo.errors import InputError
+from steerlm_nemo.model_kind import MODEL_HEADER
 from steerlm_nemo.serving import http as answers
 from steerlm_nemo.serving import page
 from steerlm_nemo.serving.front_door import FrontDoor, HttpSettings
@@ -102,7 +103,7 @@ def build_app(
             allow_origins=http.cors_allow_origins,
             allow_methods=("GET", "PUT", "POST"),
             allow_headers=("*",),
-            expose_headers=("X-Request-Id", "Retry-After"),
+            expose_headers=("X-Request-Id", "Retry-After", MODEL_HEADER),
         )
     return app
 
