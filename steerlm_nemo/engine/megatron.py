@@ -35,7 +35,7 @@ logger = logging.getLogger("steerlm_nemo.serving")
 
 _IDLE_TIMEOUT = timedelta(days=365)  # followers wait for work without limit; a dead rank 0 closes their connection
 _ALIVE_S = 1.0  # between two words of a rank 0 without work
-_RANK_0_FIRST_S = 5.0  # the others give up later: rank 0 has clients to tell
+_RANK_0_FIRST_S = 3.0  # the others give up later: rank 0 has clients to tell
 _END, _ALIVE = 0, 1  # lengths of what is no plan
 _HEAD = 4096  # integers of the first message of a plan; what is longer needs a second one
 

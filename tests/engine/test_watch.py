@@ -11,10 +11,11 @@ import live
 import pytest
 from omegaconf import OmegaConf
 
-from steerlm_nemo.engine.watch import TICK_S, Patience, Watch, patience_from
+from steerlm_nemo.engine.watch import Patience, Watch, patience_from
 from steerlm_nemo.errors import ConfigError
 
 PATIENCE_S = 60
+TICK_S = 0.1
 
 
 def wait_until(true):
@@ -25,13 +26,14 @@ def wait_until(true):
 
 
 @pytest.fixture
-def given_up():
+def given_up(monkeypatch):
+    monkeypatch.setattr("steerlm_nemo.engine.watch.TICK_S", TICK_S)
     return []
 
 
 @pytest.fixture
 def watch(given_up):
-    watch = Watch(3 * TICK_S, lambda: given_up.append(True))
+    watch = Watch(8 * TICK_S, lambda: given_up.append(True))
     watch.start()
     yield watch
     watch.stop()
@@ -40,17 +42,17 @@ def watch(given_up):
 def test_what_never_began_to_move_is_given_up_once(watch, given_up):
     watch.moved()
     wait_until(lambda: given_up)
-    time.sleep(4 * TICK_S)
+    time.sleep(3 * TICK_S)
     assert given_up == [True]
 
 
 def test_what_moves_or_has_nothing_to_do_is_not_given_up(watch, given_up):
-    for _ in range(6):
+    for _ in range(12):
         watch.moved()
         time.sleep(TICK_S)
-    assert watch.still_s <= 2 * TICK_S
+    assert watch.still_s < 8 * TICK_S
     watch.moved(idle=True)
-    time.sleep(6 * TICK_S)
+    time.sleep(12 * TICK_S)
     assert watch.still_s == 0 and not given_up
     watch.moved()  # the control
     wait_until(lambda: given_up)
@@ -58,13 +60,14 @@ def test_what_moves_or_has_nothing_to_do_is_not_given_up(watch, given_up):
 
 def test_seconds_in_which_the_watching_process_was_stopped_itself_do_not_count():
     program = """
-from steerlm_nemo.engine.watch import TICK_S, Watch
-watch = Watch(8 * TICK_S, lambda: print("given up", flush=True))
+from steerlm_nemo.engine import watch as module
+module.TICK_S = 0.1
+watch = module.Watch(0.8, lambda: print("given up", flush=True))
 watch.start()
 watch.moved()
 print("began", flush=True)
 input()
-print(watch.still_s < 8 * TICK_S, flush=True)
+print(watch.still_s < 0.8, flush=True)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_the_server_with_its_number(nemo, busy, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_hangs_makes_the_server_unready_and_then_ends_it_with_answers_for_all(nemo, tmp_path):
     log = tmp_path / "log"
-    settings = ("engine.stall_s=1", "engine.give_up_s=6", "--served_model_name=org/tiny")
+    settings = ("engine.stall_s=1", "engine.give_up_s=4", "--served_model_name=org/tiny")
     with served(nemo, log, *settings) as (server, port, ranks), ThreadPoolExecutor(4) as pool:
 
         def status(path):
@@ -144,7 +144,7 @@ def test_a_rank_that_hangs_makes_the_server_unready_and_then_ends_it_with_answer
 @pytest.mark.slow
 def test_a_rank_0_that_hangs_is_ended_by_the_others_and_answers_before(nemo, tmp_path):
     log = tmp_path / "log"
-    bounds = ("engine.stall_s=1", "engine.give_up_s=3")
+    bounds = ("engine.stall_s=1", "engine.give_up_s=2")
     with served(nemo, log, *bounds) as (server, port, ranks), ThreadPoolExecutor(2) as pool:
         os.kill(ranks[0], signal.SIGSTOP)
         answers = [pool.submit(asked, port) for asked in (ask, ask_for_a_stream)]

@@ -96,9 +96,9 @@ def test_while_a_pass_does_not_end_the_server_is_not_ready_and_then_it_is_again(
 
 
 def test_without_rows_no_pass_has_to_end(stuck):
-    with live.run_engine(stuck(1000), patience=Patience(0.5, 1)) as port:
+    with live.run_engine(stuck(1000), patience=Patience(0.5, 0.75)) as port:
         assert send(port, "/generate", REQUESTS["/generate"]).status_code == 200
-        time.sleep(2)
+        time.sleep(1.5)
         assert get(port, "/health").json()["status"] == "ready"
 
 
