@@ -141,7 +141,7 @@ class AttributeSchema:
             legal = self.legal_values(key)
             if str(value) not in legal:
                 span = f"{legal[0]} to {legal[-1]}" if key != LANG else "one of " + " ".join(legal)
-                raise InputError(f"attribute {key} is {shown(value)}, but it must be {span}")
+                raise InputError(f"attribute {key} is {clipped(str(value), 100)}, but it must be {span}")
 
     def known(self, attributes: Attributes) -> Attributes:
         """Those that this schema has, without `lang`.

@@ -95,12 +95,7 @@ class Conversation:
         Raises:
             RecordError: a key is missing or has the wrong type.
         """
-        turns_raw = record.get("conversations")
-        if not isinstance(turns_raw, list) or not turns_raw:
-            is_tree = {"message_tree_id", "prompt"} <= record.keys()
-            hint = " (an OpenAssistant tree? Run scripts/preprocessing.py first)" if is_tree else ""
-            seen = f"keys seen {shown(sorted(record))}"
-            raise RecordError(ref, f"'conversations' must be a non-empty list of turns{hint}: {seen}")
+        turns_raw = turns_of(record, ref)
         system, mask, kind = record.get("system"), record.get("mask", USER), record.get("type")
         if not isinstance(system, str):
             raise RecordError(ref, f"'system' must be a string, found {shown(system)}")
@@ -108,7 +103,12 @@ class Conversation:
             raise RecordError(ref, f"'type' is {shown(kind)}; it must be one of {', '.join(RECORD_TYPES)} or null")
         if not isinstance(mask, str):
             raise RecordError(ref, f"'mask' must be a role name, found {shown(mask)}")
-        turns = tuple(_turn(raw, ref, index) for index, raw in enumerate(turns_raw))
+        try:
+            turns = tuple(_turn(raw, ref, index) for index, raw in enumerate(turns_raw))
+        except RecordError as err:
+            if "preference" not in record:
+                raise
+            raise RecordError(ref, f"{err.problem}{OF_PREFERENCE}", err.turn) from err
         return cls(system, turns, ref, kind, mask, _text_or_none(record.get("tree_id")), source=record)
 
     def to_record(self) -> dict[str, Any]:
@@ -123,6 +123,39 @@ class Conversation:
             return {"conversations": [], **ids, **values, **self.further}
         before = {"mask": USER, **self.source}
         return {**self.source, **{key: value for key, value in values.items() if value != before.get(key)}}
+
+
+OF_PREFERENCE = (
+    " (a strength of preference? It grades no response; scripts/process_to_regression_format.py is what reads it)"
+)
+PREPROCESS = "Run scripts/preprocessing.py first"
+# By its keys, what else a record may be and what to do with it; from top to bottom.
+_OTHERS = (
+    ({"where", "reason", "raw"}, "a reject file? Mend what is in 'raw', and give that"),
+    ({"message_tree_id", "prompt"}, f"an OpenAssistant tree? {PREPROCESS}"),
+    ({"prompt", "swept", "response"}, "an answered request? scripts/plan_steering.py --responses_file is its reader"),
+    ({"prompt", "swept"}, "a steering request? scripts/steered_inference.py --input_file is what asks it"),
+    ({"conversations", "mask"}, "a chat record? scripts/plan_steering.py --prompts_file makes requests of it"),
+    ({"messages"}, f"messages of role and content? {PREPROCESS}"),
+    ({"text", "label"}, f"the regression format, of NeMo-Aligner's reward models? {PREPROCESS}"),
+    *(({key}, f"a row of a dataset? {PREPROCESS}") for key in ("prompt", "chosen", "instruction", "message_id")),
+    ({"text"}, f"a row of a dataset? {PREPROCESS}"),
+)
+
+
+def told_by_keys(record: Mapping[str, Any]) -> str:
+    """What a record that is not of the wanted shape may be, and the tool for it, in brackets; or nothing."""
+    return next((f" ({hint})" for keys, hint in _OTHERS if keys <= record.keys()), "")
+
+
+def turns_of(record: Mapping[str, Any], ref: RecordRef) -> list[Any]:
+    """The turns of a chat record, as they stand there. Raises RecordError: there are none."""
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        hint = "" if "conversations" in record else told_by_keys(record)
+        seen = f"keys seen {shown(sorted(record))}"
+        raise RecordError(ref, f"'conversations' must be a non-empty list of turns: {seen}{hint}")
+    return turns
 
 
 @dataclass(frozen=True)

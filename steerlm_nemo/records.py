@@ -259,7 +259,9 @@ def parse_line(ref: RecordRef, raw: bytes) -> RawLine:
         # Only an escape can spell one, and most lines have no such escape.
         problem = lone_surrogate(record) if _SURROGATE.search(raw) else None
     except (ValueError, RecursionError) as err:
-        return RawLine(ref, raw, None, f"not JSON: {err}")
+        is_start = raw.strip() in (b"{", b"[")
+        over_lines = " (one value over several lines? Write one a line, as `jq -c .` does)" if is_start else ""
+        return RawLine(ref, raw, None, f"not JSON: {err}{over_lines}")
     return RawLine(ref, raw, record if problem is None else None, problem)
 
 
@@ -335,8 +337,9 @@ class Accounting:
     outputs: tuple[Path, ...] = ()  # what the records are written to
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    first_rejected: str | None = None  # place and reason
+    first_rejected: str | None = None  # place and reason; first in its file, not in time
     first_filtered: str | None = None
+    _first_line: int = 0  # of `first_rejected`
     _file: IO[str] | None = None
     _earlier: Path | None = None  # the reject file of outputs that are there
 
@@ -382,8 +385,9 @@ class Accounting:
             raise RecordError(ref, reason)
         self.counts["rejected"] += 1
         self.reasons[_TURN.sub("", reason).split(":")[0]] += 1
+        if self.first_rejected is None or ref.line < self._first_line:
+            self.first_rejected, self._first_line = f"{ref}: {reason}", ref.line
         if self._file is None:
-            self.first_rejected = f"{ref}: {reason}"
             self.rejects_path.parent.mkdir(parents=True, exist_ok=True)
             self._file = target_of(self.rejects_path).open("w", encoding="utf-8", newline="\n")
         raw_text = raw.decode("utf-8", errors="backslashreplace")

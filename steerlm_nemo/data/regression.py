@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steerlm_nemo.attributes import COMBINED9, LANG, items_of
-from steerlm_nemo.conversation import ASSISTANT, USER, RecordRef
+from steerlm_nemo.conversation import ASSISTANT, USER, RecordRef, turns_of
 from steerlm_nemo.data.sources.helpsteer import ALIGNER_SYSTEM_PROMPT
 from steerlm_nemo.data.statistics import AttributeStatistics
 from steerlm_nemo.errors import InputError, RecordError, listed, shown
@@ -66,7 +66,7 @@ def process_to_regression_format(
     with records, atomic_output(output_file) as output:
         for line in read_lines(input_file):
             try:
-                samples = _samples(line.require_record().get("conversations"), line.ref, others)
+                samples = _samples(turns_of(line.require_record(), line.ref), line.ref, others)
             except RecordError as err:
                 records.rejected(line.ref, err.reason, line.raw)
                 continue
@@ -82,10 +82,8 @@ def process_to_regression_format(
     return others
 
 
-def _samples(turns: object, ref: RecordRef, others: Counter[str]) -> Sequence[tuple[str, list[float]]]:
+def _samples(turns: Sequence[object], ref: RecordRef, others: Counter[str]) -> Sequence[tuple[str, list[float]]]:
     """(text, vector) of every turn with an attribute of the vector. Raises RecordError for an invalid sample."""
-    if not isinstance(turns, list):
-        raise RecordError(ref, "wrong type: 'conversations' must be a list of turns")
     text, samples = _HEADER, []
     for number, turn in enumerate(turns):
         role, value, label = (turn.get(key) for key in ("from", "value", "label")) if isinstance(turn, dict) else "???"

@@ -16,7 +16,7 @@ from typing import Any
 from steerlm_nemo.attributes import Attributes
 from steerlm_nemo.client.job import Done, Words, require_sound, working_through
 from steerlm_nemo.client.pool import ServerPool
-from steerlm_nemo.conversation import SYSTEM_PROMPT
+from steerlm_nemo.conversation import SYSTEM_PROMPT, told_by_keys
 from steerlm_nemo.errors import InputError, RecordError
 from steerlm_nemo.messages import conversation_of
 from steerlm_nemo.model_kind import STEER, SteerLMFormat
@@ -209,7 +209,9 @@ def _request(record: Mapping[str, object], attributes: Mapping[str, int | str], 
     messages = record.get("messages", record.get("prompt"))
     own_attributes, own_system = record.get("attributes", {}), record.get("system", system)
     if not isinstance(messages, str | list) or not all(isinstance(message, str | Mapping) for message in messages):
-        raise InputError("wrong type: a record needs 'prompt', a string, or 'messages', a list of objects")
+        raise InputError(
+            "wrong type: a record needs 'prompt', a string, or 'messages', a list of objects" + told_by_keys(record)
+        )
     if not isinstance(own_attributes, Mapping) or not isinstance(own_system, str):
         raise InputError("wrong type: 'attributes' must be an object such as {\"quality\": 4}, and 'system' a string")
     return messages, {**attributes, **own_attributes}, own_system

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steerlm_nemo.attributes import COMBINED9, HELPSTEER5, NEMO12_LANG, AttributeSchema
-from steerlm_nemo.conversation import Conversation, Pair, RecordRef
+from steerlm_nemo.conversation import OF_PREFERENCE, PREPROCESS, Conversation, Pair, RecordRef, told_by_keys
 from steerlm_nemo.data.options import Options
 from steerlm_nemo.data.sources import chat, helpsteer, instructions, pairs, templated
 from steerlm_nemo.errors import InputError, RecordError, listed, shown
@@ -44,7 +44,12 @@ class RowFormat(Format):
         if missing := self.needs - record.keys():
             seen = shown(sorted(record))
             raise RecordError(line.ref, f"missing key: {', '.join(sorted(missing))}; keys seen are {seen}")
-        return self.adapter(record, line.ref, options)
+        try:
+            return self.adapter(record, line.ref, options)
+        except RecordError as err:
+            if self.name != CHAT or "preference" not in record:
+                raise
+            raise RecordError(err.ref, f"{err.problem}{OF_PREFERENCE}", err.turn) from err
 
     def unread(self, record: Mapping[str, Any]) -> set[str]:
         """What a sound record holds that the adapter does not look at: its keys, and those of its messages."""
@@ -77,7 +82,7 @@ FORMATS: tuple[Format, ...] = (
     _rows("pairs",           "prompt chosen rejected",                    "",       pairs.prompted, None),
     _rows("hh-rlhf",         "chosen rejected",                           "",       pairs.hh_rlhf, None),
     _rows("instruction",     "instruction output",                        "input",  instructions.instruction, None),
-    _rows("prompt-response", "prompt response",                           "",       instructions.prompted, None),
+    _rows("prompt-response", "prompt response",                           "system", instructions.prompted, None),
     _rows("text-output",     "text output",                               "",       instructions.text, None),
     _rows("templated",       "text",                                      "label",  templated.templated, COMBINED9),
 )
@@ -110,6 +115,8 @@ def format_of(lines: Iterable[RawLine], source: str) -> Format:
         # Nothing to tell a shape by. Every line will be rejected with its own reason.
         return format_named(OASST_TREES)
     shapes = "\n".join(f"  {known.name}: {', '.join(sorted(known.needs))}" for known in FORMATS)
+    hint = told_by_keys(dict.fromkeys(seen))
     raise InputError(
-        f"{source}: unknown shape; the keys seen are {listed(seen)}. Shapes known, by the keys they need:\n{shapes}"
+        f"{source}: unknown shape{'' if PREPROCESS in hint else hint}; the keys seen are {listed(seen)}. "
+        f"Shapes known, by the keys they need:\n{shapes}"
     )
