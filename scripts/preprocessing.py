@@ -87,7 +87,8 @@ def preprocessing(
     asked = {"type": type, "mask_role": mask_role, "split_ratio": split_ratio, "seed": seed, "compat": bool(compat)}
     asked.update(schema_facts(tally.schema))
     trees.save(f"{output_file_prefix}{SUFFIX}", input_file=input_file, **asked, **tally.as_dict())
-    print(f"lang values: {sorted(tally.languages)}")
+    languages = sorted(tally.languages)
+    print(f"lang values: {languages if compat else shown(languages)}")
     print(tally.summary(trees), file=sys.stderr if compat else sys.stdout)
     for part in ("train", "val"):
         if not tally.conversations[part]:

@@ -25,6 +25,7 @@ from steerlm_nemo.template import ChatTemplate, Tokenizer, num_seen
 
 NO_LANGUAGE = "not given"
 MOST_EXAMPLES = 5
+MOST_PAIRED = 100  # attributes of a turn that are compared with each other: their pairs are counted
 _MOST_LINES = 10_000  # different attribute lines held before they are added up
 
 
@@ -47,7 +48,7 @@ class AttributeCounts:
             values = [(name, value) for name, value in attributes.items if isinstance(value, int)]
             for name, value in values:
                 self._counts.setdefault(name, Counter())[value] += times
-            for (one, x), (other, y) in combinations(sorted(values), 2):
+            for (one, x), (other, y) in combinations(sorted(values)[:MOST_PAIRED], 2):
                 self._pairs.setdefault((one, other), Counter())[x, y] += times
         self._lines.clear()
 

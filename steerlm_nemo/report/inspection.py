@@ -12,12 +12,15 @@ from typing import Any
 
 from markupsafe import Markup
 
-from steerlm_nemo.data.inspection import Inspection, Leakage, leakage, percentile
+from steerlm_nemo.data.inspection import MOST_PAIRED, Inspection, Leakage, leakage, percentile
+from steerlm_nemo.errors import clipped
 from steerlm_nemo.report.charts import COLOURS, bar_chart
 from steerlm_nemo.report.pages import render
 
 MOST_LANGUAGES = 12
 MOST_REJECTS = 20
+MOST_ROWS = 40  # of a table
+MOST_OF_CELL = 200  # characters; a place is a path
 _SHARES = (("median", 0.5), ("90 %", 0.9), ("99 %", 0.99), ("longest", 1.0))
 
 
@@ -90,9 +93,9 @@ def _facts(file: Inspection, seq_lens: Sequence[int]) -> dict[str, Any]:
         "correlation": {
             one: {
                 other: None if (r := file.attributes.correlation(one, other)) is None else round(r, 4)
-                for other in counts
+                for other in [*counts][:MOST_PAIRED]
             }
-            for one in counts
+            for one in [*counts][:MOST_PAIRED]
         },
         "duplicates": file.num_duplicates,
         "duplicate_examples": [[f"{file.name}:{one}", f"{file.name}:{other}"] for one, other in file.duplicates],
@@ -258,11 +261,12 @@ def text_report(files: Sequence[Inspection], seq_lens: Sequence[int]) -> str:
     """All tables, for a terminal."""
     tables = [table for _, table in _tables(files, seq_lens)]
     for file in files:
-        if names := list(file.attributes.counts()):
+        if names := list(file.attributes.counts())[:MOST_ROWS]:
             head = f"correlation, {_short(file.name, files)}"
             rows: Rows = [(head, *(name[:10] for name in names))]
             for one in names:
-                rows.append((one, *(_r(file.attributes.correlation(one, other)) for other in names)))
+                cells = (_r(file.attributes.correlation(one, other)) for other in names)
+                rows.append((clipped(one, MOST_OF_CELL), *cells))
             tables.append(rows)
     return "\n\n".join(_aligned(table) for table in tables) + "\n"
 
@@ -280,7 +284,15 @@ def _tables(files: Sequence[Inspection], seq_lens: Sequence[int]) -> list[tuple[
         ("Languages of turns", _languages(files)),
         ("Shared between files", _shared(files)),
     ]
-    return [(title, rows) for title, rows in every if len(rows) > 1]
+    return [(title, _bounded(rows)) for title, rows in every if len(rows) > 1]
+
+
+def _bounded(rows: Rows) -> Rows:
+    """As many rows as can be read, and cells that leave room for the others; places and reasons are whole."""
+    kept: Rows = [tuple(clipped(cell, MOST_OF_CELL) for cell in row[:-1]) + row[-1:] for row in rows[: MOST_ROWS + 1]]
+    if more := len(rows) - len(kept):
+        kept.append((f"and {more:,} more", *[""] * (len(rows[0]) - 1)))
+    return [(*row[:-1], clipped(row[-1], 1000)) for row in kept]
 
 
 def _r(correlation: float | None) -> str:
@@ -379,6 +391,7 @@ def _correlations(files: Sequence[Inspection]) -> list[tuple[str, list[str], lis
     tables = []
     for file in files:
         names = list(file.attributes.counts())
+        names = names[:MOST_ROWS]
         if len(names) > 1:
             cells = [[file.attributes.correlation(one, other) for other in names] for one in names]
             tables.append((_short(file.name, files), names, cells))
