@@ -290,7 +290,7 @@ def test_records_that_cannot_be_annotated_are_rejected_with_reason_and_exit_code
         "not JSON",
         "'conversations' must be",
         "not UTF-8",
-        "context is 256 tokens",
+        "context length is 256 tokens",
         "lone surrogate",
     ):
         assert expected_reason in reasons

@@ -63,7 +63,7 @@ def test_every_record_is_answered_in_the_order_of_the_input(tmp_path, batch_size
     with live.run_app(responder()) as one, live.run_app(responder()) as two:
         done = run(source, tmp_path / "out.jsonl", [one, two], batch_size=batch_size, in_flight=in_flight)
     assert read(tmp_path / "out.jsonl") == [answered(record) for record in made]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.report.json"]
     assert "40 records answered (0 of them by an earlier run)" in done.text() and "by model stub-1" in done.text()
 
 
@@ -143,7 +143,7 @@ def test_ten_kills_at_random_moments_lose_and_double_nothing(tmp_path):
     assert f"150 records answered ({before} of them by an earlier run)" in result.stdout
     assert len(app.state.asked) - asked == 150 - before  # nothing that was done is asked again
     assert read(output) == [answered(record) for record in made]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.report.json"]
 
 
 def test_no_response_of_a_second_model_gets_in(tmp_path):
