@@ -27,6 +27,7 @@ from steerlm_nemo.data.attribute_source import AttributeSource, completed, said_
 from steerlm_nemo.data.options import Filters, Options
 from steerlm_nemo.data.rows import Lines, require_source
 from steerlm_nemo.data.sources import oasst
+from steerlm_nemo.data.sources.chat import has_foreign_speakers
 from steerlm_nemo.data.sources.formats import (
     CHAT,
     OASST_MESSAGES,
@@ -239,6 +240,7 @@ class _Run:
         """Of a row; none if it is unusable, which is then accounted for."""
         record = line.record or {}
         is_own = shape.name == CHAT and {"type", "system"} <= record.keys() and record["type"] in _OWN_TYPES
+        is_own = is_own and not has_foreign_speakers(record)
         try:
             found = Conversation.from_record(record, line.ref) if is_own else shape.read(line, self.options)
         except RecordError as err:

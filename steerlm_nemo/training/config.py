@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from steerlm_nemo.attributes import NEMO12_LANG, AttributeSchema, load_schema
 from steerlm_nemo.config import CONFIG_DIR
-from steerlm_nemo.errors import ConfigError, InputError, listed
+from steerlm_nemo.errors import ConfigError, InputError, listed, shown
 from steerlm_nemo.models.loading import undivided
 from steerlm_nemo.record_report import RecordReport, report_beside
 from steerlm_nemo.records import require_file
@@ -189,12 +189,33 @@ def _saving_problems(cfg: DictConfig, method: Method) -> Iterator[str]:
             yield f"checkpoint_callback_params.filename lacks {placeholder}: resuming reads the state from the name"
 
 
-def _schedule_problems(optim: DictConfig) -> Iterator[str]:
+def _schedule_problems(optim: DictConfig | None) -> Iterator[str]:
+    if optim is None:
+        yield "model.optim is null; a training needs an optimizer, with name, lr and the rest of gpt_sft.yaml's section"
+        return
+    sched = optim.get("sched")
+    for key, section, names in (("model.optim", optim, ["lr"]), ("model.optim.sched", sched, _OF_COSINE)):
+        if section is None or (section is sched and sched.get("name") != "CosineAnnealing"):
+            continue
+        if wrong := [name for name in names if not _is_number(section.get(name))]:
+            yield from (f"{key}.{name} is {shown(section.get(name))}; it must be a number" for name in wrong)
+            return
     if not 0 < optim.lr < math.inf:
         yield f"model.optim.lr is {optim.lr}; it must be above 0"
-    sched = optim.get("sched")
-    if sched is not None and sched.name == "CosineAnnealing" and sched.constant_steps > 0 and optim.lr <= sched.min_lr:
+    if (
+        sched is not None
+        and sched.get("name") == "CosineAnnealing"
+        and sched.constant_steps > 0
+        and optim.lr <= sched.min_lr
+    ):
         yield f"model.optim.lr {optim.lr} must be above sched.min_lr {sched.min_lr} when constant_steps is set"
+
+
+_OF_COSINE = ("warmup_steps", "constant_steps", "min_lr")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_schedule(cfg: DictConfig, num_steps: int) -> None:
@@ -204,7 +225,7 @@ def check_schedule(cfg: DictConfig, num_steps: int) -> None:
         ConfigError: warm-up and constant tail leave no step for the cosine.
     """
     sched = cfg.model.optim.get("sched")
-    if sched is None or sched.name != "CosineAnnealing":
+    if sched is None or sched.get("name") != "CosineAnnealing":
         return
     if sched.warmup_steps + sched.constant_steps >= num_steps:
         raise ConfigError(

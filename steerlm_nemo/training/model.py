@@ -14,11 +14,12 @@ from nemo_aligner.utils.train_script_utils import (
     init_using_ptl,
 )
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from steerlm_nemo.checkpoint.archive import open_nemo
 from steerlm_nemo.checkpoint.tokenizer_files import load_tokenizer, localise_tokenizer, read_artifacts
 from steerlm_nemo.compat.layers import complete_qk_norm_gradients
-from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.errors import ConfigError, clipped
 from steerlm_nemo.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from steerlm_nemo.training.loaders import Loaders
 from steerlm_nemo.training.method import Method, Split
@@ -55,10 +56,10 @@ def check_optimizer(optim: DictConfig) -> None:
     """
     # NeMo builds Megatron Core's own optimizer without its registry.
     known = {"model.optim.name": [*AVAILABLE_OPTIMIZERS, "mcore_distributed_optim"]}
-    chosen = {"model.optim.name": optim.name}
+    chosen = {"model.optim.name": optim.get("name")}
     if optim.get("sched") is not None:
         known["model.optim.sched.name"] = list(AVAILABLE_SCHEDULERS)
-        chosen["model.optim.sched.name"] = optim.sched.name
+        chosen["model.optim.sched.name"] = optim.sched.get("name")
     for key, name in chosen.items():
         if name not in known[key]:
             near = difflib.get_close_matches(str(name), known[key], n=1)
@@ -83,10 +84,21 @@ def load_base(cfg: DictConfig, method: Method, ptl_trainer: Any) -> Base:
 
 
 def set_up_optimizer(ptl_trainer: Any, model: Any, loaders: Loaders, num_steps: int) -> tuple[Any, Any]:
-    """Optimizer and schedule of the model; weights and both are restored where the run resumes."""
+    """Optimizer and schedule of the model; weights and both are restored where the run resumes.
+
+    Raises:
+        ConfigError: they do not take the settings of the config.
+    """
     with open_dict(model.cfg):
         # The cosine must end where training ends, also when the data is shorter than max_steps (reference 7.3).
         if model.cfg.optim.get("sched") is not None:
             model.cfg.optim.sched.setdefault("max_steps", num_steps)
-    init_using_ptl(ptl_trainer, model, loaders.train, loaders.train.dataset)
+    try:
+        init_using_ptl(ptl_trainer, model, loaders.train, loaders.train.dataset)
+    except (TypeError, ValueError, OmegaConfBaseException) as err:  # of an optimizer that does not know a setting
+        schedule = OmegaConf.select(model.cfg.optim, "sched.name")
+        raise ConfigError(
+            f"model.optim: NeMo cannot make {model.cfg.optim.name} with {schedule} of these settings: "
+            f"{clipped(str(err), 300)}. Take away what it does not know, such as ~model.optim.betas"
+        ) from err
     return extract_optimizer_scheduler_from_ptl_model(model)

@@ -96,7 +96,12 @@ def run(cfg: DictConfig, method: Method) -> None:
     trainer.fit()
     if trainer.step < trainer.max_steps:
         raise StoppedEarlyError(
-            f"stopped at step {trainer.step} of {trainer.max_steps} and saved; run the same command again to go on"
+            f"stopped at step {trainer.step} of {trainer.max_steps} "
+            + (
+                "and saved; run the same command again to go on"
+                if cfg.exp_manager.create_checkpoint_callback
+                else "and not saved: exp_manager.create_checkpoint_callback is false. The same command begins anew"
+            )
         )
 
     # --- save ---

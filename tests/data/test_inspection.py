@@ -264,3 +264,19 @@ def test_a_file_without_a_conversation_is_an_error_that_names_places(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"conversations": 1}\n')
     with pytest.raises(InputError, match=r"no conversation in it: 1 records read\n  .*a\.jsonl:1: wrong type"):
         inspect(tmp_path / "a.jsonl", tmp_path)
+
+
+def test_speakers_of_other_chat_files_are_counted_as_preprocessing_writes_them(tmp_path):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
+    ours = [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "r"}]
+    masked = [{"from": "human", "value": "q"}, {"from": "Expert", "value": "r"}]
+    for record, speakers in (
+        ({"conversations": turns, "system": "S", "type": None}, {"User", "Assistant"}),
+        ({"conversations": ours, "system": "S", "type": None}, {"User", "Assistant"}),
+        ({"conversations": masked, "system": "S", "type": None, "mask": "human"}, {"human", "Expert"}),
+    ):
+        path = tmp_path / "in.jsonl"
+        path.write_text(json.dumps(record) + "\n")
+        found = inspect_file(str(path), Options(), ChatTemplate(), None, "auto", tmp_path)
+        assert found.turns_of.keys() == speakers
+        assert found.num_responses == 1

@@ -42,6 +42,14 @@ def conversations(record: Mapping[str, Any], ref: RecordRef, options: Options) -
     return _conversation(record, "conversations", "from", "value", ref, options)
 
 
+def has_foreign_speakers(record: Mapping[str, Any]) -> bool:
+    """Whether the speakers of a `conversations` record are `human`, `gpt` or the like: ours has a mask or our names."""
+    turns = record.get("conversations")
+    roles = [turn.get("from") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    known = {role: SPEAKERS.get(role.strip().lower()) for role in roles if isinstance(role, str)}
+    return "mask" not in record and any(name not in (None, role) for role, name in known.items())
+
+
 def _conversation(
     record: Mapping[str, Any], turns_key: str, role_key: str, text_key: str, ref: RecordRef, options: Options
 ) -> Conversation:
@@ -106,6 +114,8 @@ def _elsewhere(message: Mapping[str, Any]) -> list[str]:
 
 def _text(content: Any, key: str, ref: RecordRef) -> str:
     if isinstance(content, list):
+        if not content:
+            raise RecordError(ref, f"empty text: {key!r} is a list of no parts")
         for part in content:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = shown(part.get("type")) if isinstance(part, Mapping) else type(part).__name__

@@ -395,3 +395,16 @@ def test_keys_of_messages_and_of_their_parts_are_counted_by_rows(tmp_path):
         "messages[].content[].cache_control": 1,
     }
     assert "keys not carried over, with the rows that had them: messages[].name: 2" in tally.summary(records)
+
+
+def test_a_content_of_no_parts_is_no_empty_response(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]}
+        for content in ([], [{"type": "text", "text": "Yes."}])
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trees = Accounting.beside(tmp_path / "p")
+    preprocess(source, tmp_path / "p", split_ratio=1.0, seed=1, options=Options(), trees=trees)
+    assert trees.counts == {"written": 1, "rejected": 1}
+    assert trees.first_rejected == f"{source}:1: empty text: 'content' is a list of no parts"
