@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from steerlm_nemo.accepted_keys import ACCEPTED
-from steerlm_nemo.errors import ConfigError
+from steerlm_nemo.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -45,8 +45,8 @@ def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
         else:
             overrides.append(arg)
     if not (directory / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in directory.glob("*.yaml")))
-        raise ConfigError(f"no config {name!r} in {directory}; there are: {known}")
+        known = listed(sorted(path.stem for path in directory.glob("*.yaml") if path.is_file()))
+        raise ConfigError(f"no config {name!r} in {directory}; there are: {known or 'none'}")
     if not OmegaConf.has_resolver("multiply"):
         OmegaConf.register_new_resolver("multiply", lambda a, b: a * b)
     parsed = [_parse(override) for override in overrides]
@@ -59,6 +59,8 @@ def load_config(argv: Sequence[str], default_name: str) -> DictConfig:
         raise ConfigError(_explain(err, directory / f"{name}.yaml")) from err
     except yaml.YAMLError as err:
         raise ConfigError(f"config {name} of {directory} is not valid YAML: {' '.join(str(err).split())}") from err
+    except (OSError, UnicodeDecodeError, RecursionError) as err:  # Hydra and OmegaConf let them through
+        raise ConfigError(f"{directory / name}.yaml: cannot be read as a config: {err}") from err
     added = tuple(override.key_or_group for override in parsed if override.is_add() or override.is_force_add())
     _refuse_unknown_keys(cfg, directory / f"{name}.yaml", default_name, added)
     _refuse_without_effect(cfg, default_name)

@@ -102,6 +102,23 @@ def test_a_missing_config_lists_those_there_are() -> None:
         load_config(["--config-name=gpt_stf"], "gpt_sft")
 
 
+def test_a_config_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "broken.yaml").symlink_to("gone")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    (tmp_path / "deep.yaml").write_text("[" * 100_000)
+    (tmp_path / "number.yaml").write_text("7")
+    for name, message in (
+        ("folder", "no config 'folder' in .*; there are: bytes, deep, number$"),
+        ("broken", "no config 'broken'"),
+        ("bytes", "bytes.yaml: cannot be read as a config: 'utf-8'"),
+        ("deep", "deep.yaml: cannot be read as a config: maximum recursion"),
+        ("number", "number.yaml: cannot be read as a config: Invalid loaded object type: int"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config([f"--config-path={tmp_path}", f"--config-name={name}"], "gpt_sft")
+
+
 def test_values_that_must_be_given_are_all_named() -> None:
     with pytest.raises(ConfigError) as err:
         training_config.require_values(load_config([], "gpt_sft"))
