@@ -221,9 +221,9 @@ def _refusal(
     first = {problem.problem: problem for problem in reversed(problems)}
     shown = counts.most_common(MOST_PROBLEMS_SHOWN)
     lines = [
-        f"{count:,} records: {clipped(reason, 200)} (first: {first[reason].place})"
+        f"{count:,} records: {clipped(reason, 250)} (first: {first[reason].place})"
         if count > 1
-        else f"{first[reason].place}: {clipped(reason, 200)}"
+        else f"{first[reason].place}: {clipped(reason, 250)}"
         for reason, count in shown
     ]
     if more := len(problems) - sum(count for _, count in shown):
