@@ -6,7 +6,9 @@ A message says what is wrong, where (file:line, record, key) and what to do next
 
 from __future__ import annotations
 
+import os
 import reprlib
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT = 2
 EXIT_INCOMPLETE = 3
 EXIT_INTERRUPTED = 130
+EXIT_NOBODY_READS = 141  # as a shell says of a program that SIGPIPE has ended
 
 
 MOST_CHARACTERS = 3500  # of a message
@@ -119,7 +122,8 @@ class IncompleteError(SteerLMError):
 
 
 def exit_with_message(main: Callable[[], None], *, tidy: bool = False) -> None:
-    """Run `main`; print a user's error as one `error: ...` message without a traceback, then exit.
+    """Run `main`; print a user's error as one `error: ...` message without a traceback, then exit. Where nobody reads
+    what it prints any more (`| head`), it ends without a word.
 
     With `tidy`, SIGTERM ends it as Ctrl-C does, and what it was writing is removed. Programs with ranks do not want
     that: a rank that waits for another inside a library would never see it.
@@ -127,10 +131,47 @@ def exit_with_message(main: Callable[[], None], *, tidy: bool = False) -> None:
     if tidy:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
+        code = _exit_code(main)
+        _flush()  # what nobody reads any more fails here, not when the interpreter ends
+    except BrokenPipeError:
+        if not _silence_what_nobody_reads():
+            raise
+        code = EXIT_NOBODY_READS
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None]) -> int | str | None:
+    try:
         main()
     except SteerLMError as err:
         print(f"error: {err}", file=sys.stderr)
-        sys.exit(err.exit_code)
+        return err.exit_code
     except KeyboardInterrupt:
         print("interrupted; run the same command again", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    except SystemExit as end:  # argparse has shown its help
+        return end.code
+    return None
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started this
+            stream.flush()
+
+
+def _silence_what_nobody_reads() -> bool:
+    """Turn a standard stream away from a pipe whose reader has gone (`| head`); False where there is none."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None or stream.closed:
+            continue
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())  # what is left in its buffer goes there
+            os.close(nowhere)
+            found = True
+    return found

@@ -135,3 +135,50 @@ def test_a_folder_cannot_be_made_where_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = run(ROOT / "scripts" / "make_toy_world.py", f"--output_dir={tmp_path}/file")
     assert result.returncode == 2 and result.stderr.startswith("error: ") and f"{tmp_path}/file" in result.stderr
+
+
+def test_every_script_ends_in_the_one_place_that_knows_how_to_end() -> None:
+    for script in SCRIPTS:
+        last = script.read_text(encoding="utf-8").rstrip().rpartition('if __name__ == "__main__":\n')[2]
+        assert last.startswith("    exit_with_message(") and "\n" not in last, script
+
+
+@pytest.mark.parametrize("script", ["preprocessing", "train_gpt_sft", "data_clean"])
+def test_help_that_nobody_reads_to_its_end_is_no_traceback(script: str) -> None:
+    # Unbuffered: or what is printed would leave in one piece, and a fast reader would see it all.
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PAGER": "cat"}
+    command = ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash", sys.executable]
+    command += [str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode in (0, 141) and "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+
+
+@pytest.mark.parametrize("errors_too", [False, True])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_what_nobody_reads_ends_a_program_without_a_word(tmp_path: Path, buffered: str, errors_too: bool) -> None:
+    body = "for n in range(30000):\n        print(n)\n        print('e', file=sys.stderr) if two else None"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom steerlm_nemo.errors import InputError, exit_with_message\ntwo = len(sys.argv) > 1\n"
+        f"def main():\n    {body}\n    raise InputError('wrong')\n"
+        "exit_with_message(main)\n"
+    )
+    command = f'"$@" {"2>&1 |" if errors_too else "|"} head -n 1; exit ${{PIPESTATUS[0]}}'
+    env = {**os.environ, "PYTHONUNBUFFERED": buffered, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        ["bash", "-c", command, "bash", sys.executable, program, *(["two"] if errors_too else [])],
+        capture_output=True, text=True, env=env,
+    )  # fmt: skip
+    assert result.returncode == 141 and result.stdout in ("0\n", "e\n")
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+
+
+def test_a_pipe_of_another_kind_that_breaks_is_a_defect_and_keeps_its_traceback(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from steerlm_nemo.errors import exit_with_message\n"
+        "def main():\n    raise BrokenPipeError('of a worker')\n"
+        "exit_with_message(main)\n"
+    )
+    result = run(program, PYTHONPATH=str(ROOT))
+    assert result.returncode == 1 and "BrokenPipeError: of a worker" in result.stderr
