@@ -23,6 +23,7 @@ from steerlm_nemo.attributes import LANG, Attributes, AttributeSchema
 from steerlm_nemo.conversation import RecordRef, Turn
 from steerlm_nemo.data.options import Options
 from steerlm_nemo.data.rows import Lines, require_source
+from steerlm_nemo.data.sources.adapter import checked
 from steerlm_nemo.data.sources.chat import conversations
 from steerlm_nemo.data.sources.formats import CHAT, OASST_MESSAGES, OASST_TREES, format_of
 from steerlm_nemo.data.sources.oasst import attributes_of
@@ -85,7 +86,7 @@ def _found(source: str, schema: AttributeSchema, scratch_dir: Path) -> Iterator[
                 turns = conversations(record, line.ref, options).turns
                 for number, turn in enumerate(turns, 1):
                     if turn.attributes is not None:
-                        values = turn.attributes.as_dict()
+                        values = checked(turn.attributes, schema, line.ref).as_dict()
                         kept = Attributes(tuple((key, values[key]) for key in schema.names if key in values))
                         yield said_so_far(turns[:number]), kept, line.ref
                 continue

@@ -145,3 +145,26 @@ def test_genuine_messages_stripped_of_their_labels_get_them_back(shared_data, tm
     # Four messages of the original carry no labels at all, six only ones that no schema keeps (spam and the like).
     assert dict(tally.joined) == {"matched": 1351, "unmatched": 10}
     assert dict(records.counts) == {"written": 1361, "rejected": 2}
+
+
+@pytest.mark.parametrize(
+    ("label", "outcome"),
+    [
+        ("quality:4, humor:1,", "quality:4,humor:1"),
+        ("quality: 4,verbosity:1", "quality:4"),  # of another schema
+        ("Quality:4", "'Quality' is not known, but 'quality' is"),
+        ("quality:4,humour:1", "'humour' is not known, but 'humor' is"),
+    ],
+)
+def test_a_label_of_a_chat_is_read_however_it_is_spaced_and_loses_no_misspelt_grade(tmp_path, label, outcome):
+    turns = [{"from": "User", "value": "Hi"}, {"from": "Assistant", "value": "Yo", "label": label}]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"conversations": turns, "system": "", "mask": "User"}) + "\n")
+    if " is not known" in outcome:
+        with pytest.raises(RecordError, match=outcome):
+            AttributeSource(tmp_path / "in.jsonl", NEMO12_LANG, tmp_path)
+        with pytest.raises(InputError, match=outcome):  # nothing is left to write
+            run(tmp_path / "in.jsonl", tmp_path / "out", schema=NEMO12_LANG)
+    else:
+        assert len(AttributeSource(tmp_path / "in.jsonl", NEMO12_LANG, tmp_path)) == 1
+        (written,), _, _ = run(tmp_path / "in.jsonl", tmp_path / "out", schema=NEMO12_LANG)
+        assert written["conversations"][1]["label"] == outcome

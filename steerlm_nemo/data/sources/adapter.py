@@ -58,12 +58,17 @@ def attributes_at(record: Mapping[str, Any], schema: AttributeSchema | None, ref
 
 
 def checked(attributes: Attributes, schema: AttributeSchema | None, ref: RecordRef) -> Attributes:
-    """The attributes that the schema has, in its order; all where there is none. RecordError: a value out of range."""
+    """The attributes that the schema has, in its order; all where there is none.
+
+    Raises:
+        RecordError: a value out of range, or the key of an attribute of the schema, misspelt.
+    """
     if schema is None:
         return attributes
     values = attributes.as_dict()
     kept = Attributes(tuple((key, values[key]) for key in (*schema.keys(),) if key in values))
     try:
+        schema.foreign(attributes)
         schema.check(kept)
     except InputError as err:
         raise RecordError(ref, f"bad label: {err}") from err
