@@ -1,5 +1,6 @@
 """Whatever writes an output, and whatever has its name: a link keeps being one, and nothing but a file is replaced."""
 
+import ast
 import os
 import socket
 import stat
@@ -183,6 +184,27 @@ def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path):
     assert (tmp_path / "dangling").is_symlink() and (tmp_path / "made" / "config.json").is_file()
     with pytest.raises(InputError, match="is a file, which an output would replace"):
         target_of(tmp_path / "made" / "config.json", folder=True)
+
+
+def renames(path):
+    """Whether a file of the package gives something another name: `a.replace(b)`, `a.rename(b)`, `os.replace(a, b)`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("replace", "rename")
+        ):
+            of_os = isinstance(node.func.value, ast.Name) and node.func.value.id == "os"
+            if not node.keywords and len(node.args) == 1 + of_os:
+                return True
+    return False
+
+
+def test_whoever_renames_asks_where_an_output_goes():
+    found = {path for path in (ROOT / "steerlm_nemo").rglob("*.py") if renames(path)}
+    assert ROOT / "steerlm_nemo" / "checkpoint" / "archive.py" in found
+    found.remove(ROOT / "steerlm_nemo" / "training" / "resume.py")  # puts a torn checkpoint aside
+    assert [path.name for path in found if "target_of(" not in path.read_text(encoding="utf-8")] == []
 
 
 # Where a script's output would go to a pipe; none may wait for a reader, or leave anything.

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from steerlm_nemo.attributes import digest_of
 from steerlm_nemo.errors import ConfigError, shown
-from steerlm_nemo.records import read_json
+from steerlm_nemo.records import atomic_output, read_json
 from steerlm_nemo.training.method import Method
 
 
@@ -45,9 +45,8 @@ def file_identity(path: str) -> dict[str, Any]:
 
 def note_result(log_dir: Path, steps: int, nemo: Path) -> None:
     """Remember that the run of this folder is finished, and what came out."""
-    part = _result_file(log_dir).with_suffix(".part")
-    part.write_text(json.dumps({"steps": steps, "nemo": file_identity(str(nemo))}))
-    part.replace(_result_file(log_dir))
+    with atomic_output(_result_file(log_dir)) as file:
+        json.dump({"steps": steps, "nemo": file_identity(str(nemo))}, file)
 
 
 def finished_line(cfg: DictConfig) -> str | None:

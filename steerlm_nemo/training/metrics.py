@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steerlm_nemo.records import atomic_output
 from steerlm_nemo.report.charts import Line, line_chart
 
 # A folder, since NeMo moves the files of a log folder out of the way whenever its run goes on.
@@ -33,9 +34,8 @@ class MetricsFile:
         kept = [line for line in _read(path) if _stays(line, first_step)]
         for line in kept:
             self._note(line)
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(path)
+        with atomic_output(path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = path.open("a", buffering=1)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -57,9 +57,8 @@ class MetricsFile:
 
     def _draw(self) -> None:
         lines = [Line(name, [(x, y, None) for x, y in _thinned(points)]) for name, points in self._losses.items()]
-        part = self._chart.with_suffix(".part")
-        part.write_text(line_chart(lines, "steps", "loss", width=720, height=360))
-        part.replace(self._chart)
+        with atomic_output(self._chart) as file:
+            file.write(line_chart(lines, "steps", "loss", width=720, height=360))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
