@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     flag("output_file", help="JSONL: the input records with `response` and `response_attributes` added")
     flag("endpoints", help="HOST:PORT,HOST:PORT,...: several servers of one model share the work; instead of the two")
     flag("batch_size", type=int, default=8, help="records of --input_file per request")
-    flag("concurrency", type=int, default=16, help="requests under way at a time, per server")
+    flag("concurrency", type=int, default=4, help="requests under way at a time, per server")
     flag("allow_rejected", action="store_true", help="finish without records that cannot be answered")
     flag("retries", type=int, default=8, help="how often a request is sent again, with growing pauses")
     flag("timeout_s", type=float, default=600.0, help="seconds to wait for one answer")

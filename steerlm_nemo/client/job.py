@@ -197,7 +197,7 @@ def working_through(
                     done.counts += counts
         done.seconds = time.monotonic() - start
         accounting.counts["written"] = done.num_records
-        accounting.save(f"{output}{SUFFIX}", input_file=str(source), **schema_facts(served.schema))
+        accounting.save(f"{output}{SUFFIX}", input_file=str(source), model=done.model, **schema_facts(served.schema))
         yield
         journal.delete()
     done.rejects_path = accounting.rejects_path

@@ -172,9 +172,17 @@ def finished(output):
     return [entry["record"] for entry in threads.read(Path(f"{output}.progress.jsonl"))[1:]]
 
 
-@pytest.mark.parametrize("settings", [LINE, SLOTS, COMPAT], ids=["line", "slots", "compat"])
-@pytest.mark.parametrize("tells_model", [True, False], ids=["answers name their model", "only the server does"])
-@pytest.mark.parametrize("second_is", ["another model", "the reference's server"])
+@pytest.mark.parametrize(
+    ("settings", "tells_model", "second_is"),
+    [
+        (LINE, True, "another model"),
+        (LINE, False, "the reference's server"),
+        (SLOTS, True, "another model"),
+        (SLOTS, False, "another model"),
+        (COMPAT, False, "another model"),
+        (COMPAT, True, "the reference's server"),
+    ],
+)
 def test_no_record_graded_by_a_second_model_gets_in(tmp_path, fast_retries, settings, tells_model, second_is):
     made = [{**record, "system": "A chat.\n"} for record in threads.records(30)]
     source, output = threads.write(tmp_path / "in.jsonl", made), tmp_path / "out.jsonl"
@@ -244,6 +252,7 @@ def test_who_does_not_name_the_model_is_said_once_and_kept(tmp_path, capfd):
     with live.run_app(stub_server.build_stub(only_generate=True)) as port:
         said = grade(source, output, [port], settings=COMPAT).text()
     assert "by a model that its server does not name" in said
+    assert json.loads((tmp_path / "out.jsonl.report.json").read_text())["model"] is None
 
 
 def test_when_all_servers_are_gone_the_run_stops_with_exit_code_3_and_can_be_resumed(tmp_path, fast_retries):
