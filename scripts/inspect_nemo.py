@@ -33,9 +33,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from steerlm_nemo.checkpoint.inspect import inspect_nemo, render
+    from steerlm_nemo.records import unreadable
 
-    if not args.nemo.exists():
-        raise InputError(f"{args.nemo}: no such file or folder; give a .nemo file or an extracted one")
+    try:
+        if not args.nemo.exists():
+            raise InputError(f"{args.nemo}: no such file or folder; give a .nemo file or an extracted one")
+    except OSError as err:
+        raise unreadable(args.nemo, err) from err
     facts = inspect_nemo(args.nemo, args.verify)
     print(json.dumps(facts, indent=2, default=str) if args.json else render(facts))
     if facts["damage"]:

@@ -132,12 +132,14 @@ def open_nemo(path: str | Path) -> Iterator[NemoFile]:
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        if path.is_dir():
-            try:
+        opened = None
+        try:
+            if path.is_dir():
                 _require_unpacked(path)
                 opened = _open_folder(path)
-            except OSError as err:
-                raise CheckpointError(f"{err.filename or path}: cannot be read: {err.strerror or err}") from err
+        except OSError as err:
+            raise CheckpointError(f"{err.filename or path}: cannot be read: {err.strerror or err}") from err
+        if opened is not None:
             yield opened
             return
         try:
@@ -393,11 +395,11 @@ class NemoWriter:
         self._mtime = int(time.time())
 
     def __enter__(self) -> NemoWriter:
-        if self.path.is_dir():
-            raise CheckpointError(f"{self.path}: is a folder; give the name of the .nemo file to write")
-        self._target = target_of(self.path)
-        folder = self._target.parent  # `.` for a bare filename
         try:
+            if self.path.is_dir():
+                raise CheckpointError(f"{self.path}: is a folder; give the name of the .nemo file to write")
+            self._target = target_of(self.path)
+            folder = self._target.parent  # `.` for a bare filename
             folder.mkdir(parents=True, exist_ok=True)
             remove_stale(folder, self._target.name)
             self._partial = folder / f".{self._target.name}.{secrets.token_hex(8)}.partial"

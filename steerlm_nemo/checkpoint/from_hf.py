@@ -294,9 +294,12 @@ def _write_extra_state(writer: TorchDistWriter, conversion: Conversion) -> None:
 
 def _require_space(out: Path, num_bytes: int) -> None:
     folder = out.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+    except OSError as err:
+        raise CheckpointError(f"{out}: cannot be written: {err.strerror or err}") from err
     if num_bytes > free:
         raise CheckpointError(f"{out}: needs {gigabytes(num_bytes)}, but {folder} has {gigabytes(free)} left")
 

@@ -143,11 +143,11 @@ def export(plan: Export, out: Path, report: Callable[[str], None], max_shard_byt
         CheckpointError: the folder is not empty, the disk is too small or fails, or a chunk is damaged.
     """
     started = time.monotonic()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty folder. Choose another one, or remove it first.")
-    target = target_of(out.absolute(), folder=True)
     total = sum(plan.num_bytes(rule) for rule, _ in plan.units)
     try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise CheckpointError(f"{out}: exists and is not an empty folder. Choose another one, or remove it first.")
+        target = target_of(out.absolute(), folder=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         if total > (free := shutil.disk_usage(target.parent).free):
             raise CheckpointError(f"{out}: needs {gigabytes(total)}, but the disk has {gigabytes(free)} left")

@@ -398,6 +398,26 @@ def test_an_unpacked_nemo_that_cannot_be_read_is_one_message(llama_nemo: Path, t
         (folder / name).chmod(0o755)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_nobody_may_enter_is_one_message(llama: Path, llama_nemo: Path, tmp_path: Path) -> None:
+    shut = tmp_path / "shut"
+    shut.mkdir()
+    shutil.copy(llama_nemo, shut / "model.nemo")
+    shutil.copytree(llama, shut / "model")
+    shut.chmod(0)
+    try:
+        for attempt in (
+            lambda: plan_conversion(shut / "model", None),
+            lambda: read_config(shut / "model.nemo"),
+            lambda: convert_quietly(llama, shut / "other.nemo"),
+            lambda: export_quietly(llama_nemo, shut / "back"),
+        ):
+            with pytest.raises((InputError, CheckpointError), match="Permission denied"):
+                attempt()
+    finally:
+        shut.chmod(0o755)
+
+
 def test_a_nemo_of_another_kind_is_named(llama_nemo: Path, tmp_path: Path) -> None:
     folder = extract_nemo(llama_nemo, tmp_path / "folder")
     config = yaml.safe_load((folder / "model_config.yaml").read_text())
