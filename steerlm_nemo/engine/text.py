@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from steerlm_nemo.engine.protocol import ServedTokenizer
 
@@ -66,6 +67,7 @@ def safe_length(text: str, ends: Sequence[str]) -> int:
     return len(text)
 
 
+@lru_cache(maxsize=1 << 16)
 def token_bytes(tokenizer: ServedTokenizer, token_id: int) -> bytes:
     """UTF-8 that a token adds in the middle of a text; for control tokens, nothing."""
     piece = tokenizer.id_to_piece(token_id)

@@ -121,7 +121,7 @@ def test_a_refused_request_is_400_json_that_never_reaches_the_engine(url, engine
     before = len(engine.calls)
     answer = put(url, {"sentences": ["a"], "temperature": 0})
     assert answer.status_code == 400
-    assert answer.json() == {"message": "temperature must be a positive number less than or equal to 100.0"}
+    assert answer.json() == {"message": "temperature must be a positive number less than or equal to 100.0, found 0"}
     assert put(url, {"sentences": ["a"] * 129}).json() == {"message": "Maximum number of sentences is 128"}
     assert len(engine.calls) == before
 

@@ -15,7 +15,7 @@ from hf_engine import HFEngine
 
 from steerlm_nemo.conversation import Conversation, RecordRef, Turn
 from steerlm_nemo.engine.text import GrowingText, safe_length, token_bytes
-from steerlm_nemo.serving.requests.openai import ChatRequest, Only, WithoutEffect
+from steerlm_nemo.serving.requests.openai import ChatRequest
 from steerlm_nemo.serving.samples.chat import chat_of
 from steerlm_nemo.serving.samples.openai import chat_samples
 from steerlm_nemo.steering.steer import Sampling, steer
@@ -190,6 +190,79 @@ def test_a_stream_comes_while_the_model_generates(engine):
     assert text == tiny_world.response(VALUES)
 
 
+def test_the_first_chunk_of_a_choice_has_its_first_text_and_every_choice_ends_when_it_ends(client):
+    """Load tools take the first chunk for the first token; a choice that has ended does not wait for the others."""
+    settings = {"n": 4, "temperature": 2, "seed": 5, "max_tokens": 60, "stop": "o"}
+    chunks = [chunk.choices[0] for chunk in chat(client, stream=True, **settings)]
+    assert sorted({choice.index for choice in chunks}) == [0, 1, 2, 3]
+    for index in range(4):
+        first, *others = [choice for choice in chunks if choice.index == index]
+        assert first.delta.role == "assistant" and (first.delta.content or first.finish_reason)
+        assert all(choice.delta.role is None for choice in others)
+        assert [choice.finish_reason is not None for choice in (first, *others)] == [False] * len(others) + [True]
+    ends = [n for n, choice in enumerate(chunks) if choice.finish_reason]
+    assert any(choice.delta.content for choice in chunks[ends[0] + 1 :])
+
+
+def test_usage_so_far_comes_with_every_chunk_where_it_is_asked_for(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [chunk.usage.completion_tokens for chunk in chat(client, stream=True, stream_options=options)]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[-1]
+    assert counts[-1] == chat(client).usage.completion_tokens
+
+
+def test_a_text_goes_on_where_its_end_is_ignored_or_has_to_wait(client, engine):
+    whole = chat(client)
+    text, num_tokens = whole.choices[0].message.content, whole.usage.completion_tokens
+    for settings in ({"ignore_eos": True}, {"min_tokens": num_tokens + 9}):
+        longer = chat(client, max_tokens=num_tokens + 9, extra_body={**STEERED, **settings})
+        assert longer.choices[0].message.content.startswith(text) and longer.usage.completion_tokens == num_tokens + 9
+        assert longer.choices[0].finish_reason == "length"
+    # A stop string in the text of the least number of tokens is no stop; one after it is.
+    ids = engine.info.tokenizer.encode_continuation(text)
+    pieces = [engine.info.tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
+    least = next(n for n, piece in enumerate(pieces) if "l" in piece)
+    late = chat(client, stop="l", extra_body={**STEERED, "min_tokens": least}).choices[0].message.content
+    assert late == pieces[least] + text[len(pieces[least]) :].partition("l")[0] != text.partition("l")[0]
+
+
+def test_what_ended_a_text_is_part_of_it_only_on_request(client, engine):
+    text = chat(client).choices[0].message.content
+    ids = engine.info.tokenizer.encode_continuation(text)
+    word = ids.index(ids[-1])  # where that token comes first
+    for settings, plain, end in [
+        ({"stop": "la"}, text.partition("la")[0], "la"),
+        ({"stop_token_ids": [ids[word]]}, engine.info.tokenizer.decode(ids[:word]), None),
+    ]:
+        for stream in (False, True):
+            answers = []
+            for keep in (False, True):
+                body = {**STEERED, **settings, "include_stop_str_in_output": keep}
+                answer = chat(client, extra_body=body, stream=stream)
+                answers.append(streamed(answer)[0][0] if stream else answer.choices[0].message.content)
+            end = end or engine.info.tokenizer.decode(ids[: word + 1]).removeprefix(plain)
+            assert answers == [plain, plain + end]
+
+
+def test_biases_and_penalties_act_on_greedy_texts_too(client, engine):
+    tokenizer = engine.info.tokenizer
+    first = tokenizer.encode_continuation(chat(client).choices[0].message.content)[0]
+    biased = chat(client, logit_bias={str(first): -100}).choices[0].message.content
+    assert tokenizer.encode_continuation(biased)[0] != first
+    assert chat(client, logit_bias={str(first): 0}) and chat(client, logit_bias={}, presence_penalty=0)
+    settings = {"max_tokens": 40, "presence_penalty": 2, "frequency_penalty": 2, "logprobs": True}
+    varied = chat(client, **settings, extra_body={**STEERED, "ignore_eos": True, "repetition_penalty": 5.0})
+    plain = chat(client, max_tokens=40, logprobs=True, extra_body={**STEERED, "ignore_eos": True})
+    kinds = [len({token.token for token in each.choices[0].logprobs.content}) for each in (plain, varied)]
+    assert kinds[1] > kinds[0]
+    for bias, told in (
+        ({"x": 1}, "has the key 'x'; keys must be token ids"),
+        ({"9999": 1}, "not below the vocabulary"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=told):
+            chat(client, logit_bias=bias)
+
+
 def test_seeds_repeat_and_choices_differ(client):
     drawn = {"temperature": 2, "max_tokens": 12, "n": 4}
     first, again, other = (
@@ -309,12 +382,29 @@ def test_the_model_is_listed_and_another_is_not_found(client):
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"stop": ""}, "stop", "not empty|1 to 500 characters"),
         ({"n": 129}, "n", "1 prompts x n 129 are more than 128 choices"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools must be"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "response_format must be"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
+            "tools",
+            r'tools \[{"type": "function".* not supported: the model calls no tools; accepted: \[\] or leaving it out',
+        ),
+        (
+            {"response_format": {"type": "json_object"}},
+            "response_format",
+            "response_format type 'json_object' is not supported: .*; accepted: 'text' or leaving it out",
+        ),
         ({"messages": []}, "messages", "1 to|at least 1"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tool_call_id", "unknown key"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id", "no tools"),
+        (
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "messages[0].role",
+            "'robot' is not supported; accepted: 'sy",
+        ),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "the last message must be the user's"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+            "type 'image_url' is not supported: text is all that is read and written; accepted: 'text'",
+        ),
         ({"messages": [{"role": "user", "content": "a " * 300}]}, "messages", "no room to generate"),
     ],
 )
@@ -327,12 +417,13 @@ def test_what_cannot_be_done_raises_the_clients_bad_request_error_naming_the_key
 def test_every_argument_of_the_client_is_honoured_or_refused_by_name(client, engine):
     ours = {"self", "messages", "model", "extra_headers", "extra_query", "extra_body", "timeout"}
     arguments = set(inspect.signature(client.chat.completions.create).parameters) - ours
-    known = ChatRequest.model_fields
-    for key in sorted(arguments):
-        if key in WithoutEffect.model_fields:
+    known, neutral = ChatRequest.model_fields, ChatRequest.neutral
+    assert arguments <= known.keys() | neutral.keys()
+    for key in sorted(arguments - known.keys()):
+        if neutral[key].takes("x"):
             assert samples_of({"messages": ASK, key: "x"}, engine.info)
-        elif key not in known or any(isinstance(word, Only) for word in known[key].metadata):
-            with pytest.raises(openai.BadRequestError) as caught:
+        else:
+            with pytest.raises(openai.BadRequestError, match=f"{key} 'x' is not supported: .*; accepted: ") as caught:
                 chat(client, extra_body={key: "x"})
             assert caught.value.param == key
     assert {"stop", "n", "seed", "logprobs", "stream"} <= arguments

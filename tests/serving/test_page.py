@@ -275,7 +275,7 @@ def test_a_prompt_that_is_too_long_a_full_queue_and_a_wrong_setting_are_told(pag
         page.one("#compare").click()
         page.ask("Tell me. " * 60)
         card, box = page.alerts()
-        assert "context is 256 tokens" in card and card in box
+        assert "context length is 256 tokens" in card and card in box
         assert page.one("#prompt").get_attribute("value") == "Tell me. " * 60
         page.set("#max-tokens", "0")
         page.set("#prompt", "And now?")

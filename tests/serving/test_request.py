@@ -45,6 +45,8 @@ def test_defaults_are_the_references():
         "repetition_penalty": 1.0,
         "end_strings": ["<|endoftext|>"],
         "min_tokens_to_generate": 0,
+        "min_tokens": 0,
+        "ignore_eos": False,
         "neighbors": None,
         "compute_logprob": False,
         "random_seed": None,
@@ -75,7 +77,8 @@ def test_defaults_are_the_references():
 )
 def test_every_broken_rule_gets_the_references_message(key, values, message):
     for value in values:
-        assert refusal({**ONE, key: value}) == message, value
+        assert refusal({**ONE, key: value}, Nemo123Request) == message, value
+        assert refusal({**ONE, key: value}).startswith(message + ", found "), value
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one():
 
 
 def test_checks_run_in_the_references_order():
-    assert refusal({**ONE, "random_seed": -1, "greedy": 1, "top_p": 2}) == "greedy must be a boolean value"
+    assert refusal({**ONE, "random_seed": -1, "greedy": 1, "top_p": 2}) == "greedy must be a boolean value, found 1"
 
 
 json_values = st.recursive(

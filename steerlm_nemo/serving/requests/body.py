@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError
 from typing_extensions import Self
 
 from steerlm_nemo.errors import SteerLMError
+from steerlm_nemo.serving.requests.neutral import Neutral, shown
 
 MAX_INTEGER = 2**63 - 1
 
@@ -66,7 +65,12 @@ class Strict(BaseModel):
 
 
 class Body(Strict):
-    """A body of /v1/ or an object in one: null counts as left out."""
+    """A body of /v1/ or an object in one: null counts as left out.
+
+    `neutral` are keys besides the fields; see its module.
+    """
+
+    neutral: ClassVar[Mapping[str, Neutral]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -76,12 +80,14 @@ class Body(Strict):
             return value
         known = _keys(cls)
         given = {key: item for key, item in value.items() if item is not None} if None in value.values() else value
-        if not given.keys() <= known.keys():
-            key = next(key for key in given if key not in known)
-            near = difflib.get_close_matches(key[:100], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise PydanticCustomError("unknown_key", "unknown", {"key": shown(key), "hint": hint})
-        return given
+        if given.keys() <= known.keys():
+            return given
+        for key in (key for key in given if key not in known):
+            if (row := cls.neutral.get(key)) is None:
+                raise PydanticCustomError("unknown_key", "unknown", {"key": shown(key), "hint": nearest(key, cls)})
+            if not row.takes(given[key]):
+                raise PydanticCustomError("not_neutral", "refused", {"key": key, "row": row, "value": given[key]})
+        return {key: item for key, item in given.items() if key in known}
 
     @classmethod
     def from_json(cls, body: Any, max_prompts: int) -> Self:
@@ -97,7 +103,11 @@ class Body(Strict):
         own = handler.resolve_ref_schema(told)
         required = own.get("required", ())
         properties = own["properties"]
-        own["properties"] = {key: part if key in required else _or_null(part) for key, part in properties.items()}
+        others = {key: row.schema() for key, row in cls.neutral.items() if key not in _keys(cls)}
+        own["properties"] = {
+            **{key: part if key in required else _or_null(part) for key, part in properties.items()},
+            **others,
+        }
         if own.get("additionalProperties") is False:
             own["additionalProperties"] = {"type": "null"}
         return told
@@ -105,9 +115,16 @@ class Body(Strict):
 
 @cache
 def _keys(model: type[Body]) -> dict[str, None]:
-    """Those that must be there first."""
-    fields = model.model_fields
+    """Those that must be there first; none that only null fits, by which a model leaves out a key of its base."""
+    fields = {name: field for name, field in model.model_fields.items() if field.annotation is not type(None)}
     return dict.fromkeys(sorted(fields, key=lambda name: not fields[name].is_required()))
+
+
+def nearest(key: str, model: type[Body]) -> str:
+    """What to tell who sent a key that nobody knows."""
+    known = _keys(model)
+    near = difflib.get_close_matches(key[:100], [*known, *model.neutral], n=1, cutoff=0.75)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def _or_null(part: JsonSchemaValue) -> JsonSchemaValue:
@@ -117,24 +134,6 @@ def _or_null(part: JsonSchemaValue) -> JsonSchemaValue:
     if not rest or {"type": "null"} in options:
         return part
     return {"anyOf": [*options, {"type": "null"}], **aside}
-
-
-@dataclass(frozen=True)
-class Only:
-    """Annotates a key that is taken only where it asks for what happens anyway, as many programs spell it out."""
-
-    value: Any
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": [self.value]}
-
-    def _check(self, value: Any) -> Any:
-        if value != self.value or isinstance(value, bool) != isinstance(self.value, bool):
-            raise PydanticCustomError("only", "something else")
-        return value
 
 
 def _within_limit(value: Any, info: ValidationInfo) -> Any:
@@ -150,14 +149,15 @@ WithinLimit = BeforeValidator(_within_limit)
 OneError = Field(fail_fast=True)
 
 
-def _few(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > 100:
-        raise PydanticCustomError("too_many_keys", "too many")
-    return value
+def few_keys(most: int) -> BeforeValidator:
+    """Of an object: said before its values are looked into."""
 
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("too_many_keys", "too many")
+        return value
 
-# No model has a hundred attributes; a million would only take time to refuse.
-FewKeys = BeforeValidator(_few)
+    return BeforeValidator(check)
 
 
 def refuse(message: str, param: str) -> NoReturn:
@@ -171,26 +171,35 @@ def _schema_of(model: type[Strict]) -> Mapping[str, Any]:
 
 
 def _refusal(model: type[Body], body: Any, err: ValidationError) -> BadRequest:
-    """The first error in words, with the path of its key, and what the document says must be there."""
-    first = err.errors(include_url=False, include_input=False)[0]
-    found = _Place(_schema_of(model), body).walk(first["loc"])
-    where = found.where
-    match first["type"]:
+    """The error that goes deepest into the first key at fault, in words: the value, and what is accepted there."""
+    errors = err.errors(include_url=False, include_input=False)
+    same_key = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    ways = [error["loc"] for error in same_key]
+    places = [_Place(_schema_of(model), body).walk(way, ways) for way in ways]
+    # What fits none of several alternatives has errors of each: those of the one that was meant go deepest.
+    error, found = max(zip(same_key, places, strict=True), key=lambda pair: (pair[1].is_whole, pair[1].depth))
+    where, context = found.where, error.get("ctx", {})
+    match error["type"]:
         case "refused":
-            return BadRequest(first["ctx"]["message"], param=first["ctx"]["param"])
+            return BadRequest(context["message"], param=context["param"])
+        case "not_neutral" if found.is_whole:
+            path = f"{where}.{context['key']}" if where else context["key"]
+            return BadRequest(context["row"].refusal(path, context["value"]), param=path)
         case "too_many":
-            most, number = first["ctx"]["most"], first["ctx"]["found"]
+            most, number = context["most"], context["found"]
             return BadRequest(f"{where} has {number} entries; this server takes {most} per request", param=where)
         case "unknown_key" if found.is_whole:
-            key, hint = first["ctx"]["key"], first["ctx"]["hint"]
+            key, hint = context["key"], context["hint"]
             inside = f" in {where}" if where else ""
             return BadRequest(f"unknown key {key}{inside}; {hint}", param=key.strip("'"), code="unknown_key")
         case "missing" if found.is_whole:
-            return BadRequest(f"{where} is missing; it must be {found.description()}", param=str(first["loc"][-1]))
+            return BadRequest(f"{where} is missing; it must be {found.description()}", param=str(error["loc"][-1]))
         case "string_unicode" if isinstance(found.value, Mapping):
             return BadRequest(f"{where or 'the body'} has a key that is no valid Unicode", param=where)
     if not where:
         return BadRequest("the body must be a JSON object")
+    if accepted := found.accepted():
+        return BadRequest(f"{where} {shown(found.value)} is not supported; accepted: {accepted}", param=where)
     return BadRequest(f"{where} must be {found.description()}, found {shown(found.value)}", param=where)
 
 
@@ -201,12 +210,25 @@ class _Place:
         self._definitions = schema.get("$defs", {})
         self._schema, self.value, self.where = schema, value, ""
         self.is_whole = True  # the whole way was walked
+        self.depth = 0
 
-    def walk(self, loc: Sequence[int | str]) -> _Place:
-        """As far as there is one way to go; what fits none of several alternatives is told where they part."""
-        for key in loc:
+    def walk(self, way: Sequence[int | str], ways: Sequence[Sequence[int | str]]) -> _Place:
+        """As far as it is the way of what was meant: of several alternatives, the one that the value is like.
+
+        `ways` are those of all errors. An alternative has a name in them; they come in the order of the schema.
+        """
+        for n, key in enumerate(way):
             options = self._options(self._schema)
-            schema = options[0] if len(options) == 1 else {}
+            if len(options) > 1:
+                names = list(dict.fromkeys(other[n] for other in ways if other[:n] == way[:n] and len(other) > n))
+                like = self._like(self.value, options)
+                if len(like) != 1 or options.index(like[0]) != names.index(key):
+                    self.is_whole = False
+                    break
+                if n + 1 < len(way) or not _values(like[0]):
+                    self._schema = like[0]
+                continue
+            schema = options[0]
             if isinstance(key, int):
                 part = schema.get("items")
                 value = self.value[key] if isinstance(self.value, list) and key < len(self.value) else None
@@ -220,7 +242,24 @@ class _Place:
                 break
             self.where += f"[{key}]" if isinstance(key, int) else f".{key[:100]}" if self.where else key[:100]
             self._schema, self.value = part, value
+            self.depth += 1
         return self
+
+    def accepted(self) -> str:
+        """The values that can stand here, where the schema lists them."""
+        return self._describe(self._schema) if all(map(_values, self._options(self._schema))) else ""
+
+    def _like(self, value: Any, options: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Those of the value's JSON type; of several kinds of lists, those of its first item's."""
+        like = [
+            option
+            for option in options
+            if isinstance(value, _CLASSES[option.get("type", "object")])
+            and isinstance(value, bool) == (option.get("type") == "boolean")
+        ]
+        if len(like) < 2 or not isinstance(value, list) or not value:
+            return like
+        return [option for option in like if self._like(value[0], self._options(option["items"]))]
 
     def description(self) -> str:
         return self._describe(self._schema)
@@ -240,8 +279,8 @@ class _Place:
         if len(options) != 1:
             return " or ".join(self._describe(option, plural) for option in options)
         (schema,) = options
-        if "enum" in schema or "const" in schema:
-            return " or ".join(shown(option, whole=True) for option in schema.get("enum", [schema.get("const")]))
+        if values := _values(schema):
+            return " or ".join(map(shown, values))
         kind = schema.get("type", "object")
         words = _TYPES[kind][plural]
         if kind == "array":
@@ -259,6 +298,11 @@ class _Place:
         return words
 
 
+def _values(schema: Mapping[str, Any]) -> list[Any]:
+    """Those that it lists, if it does."""
+    return schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else []
+
+
 _TYPES: dict[str, tuple[str, str]] = {  # singular, plural
     "boolean": ("true or false", "booleans"),
     "integer": ("a whole number", "whole numbers"),
@@ -267,11 +311,11 @@ _TYPES: dict[str, tuple[str, str]] = {  # singular, plural
     "array": ("a list", "lists"),
     "object": ("an object", "objects"),
 }
-
-
-def shown(value: Any, *, whole: bool = False) -> str:
-    """A value as an error quotes it: short, whatever was sent."""
-    if isinstance(value, (list, Mapping)) and value and not whole:
-        return _TYPES["array" if isinstance(value, list) else "object"][0]
-    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
+_CLASSES: dict[str, type | tuple[type, ...]] = {
+    "boolean": bool,
+    "integer": int,
+    "number": (int, float),
+    "string": str,
+    "array": list,
+    "object": Mapping,
+}

@@ -11,11 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
+from pydantic_core import CoreSchema
 from typing_extensions import Self
 
 from steerlm_nemo.serving.requests.body import MAX_INTEGER, BadRequest, OneError, Strict, Text, WithinLimit, refuse
+from steerlm_nemo.serving.requests.neutral import GENERATION, shown
 
 _HUGE = 2**99  # larger numbers would overflow on the way; exact as a float, so that all sides agree where it begins
 EOS_ALIAS = "<|endoftext|>"  # stands for eos with every tokenizer
@@ -39,7 +49,10 @@ def _no_task_ids(value: Any) -> NoReturn:
 
 def _no_retrieval(value: int | None) -> int | None:
     if value:
-        refuse("neighbors is for retrieval (RETRO) models, which this server does not serve", "neighbors")
+        refuse(
+            f"neighbors {value} is for retrieval (RETRO) models, which this server does not serve; accepted: 0",
+            "neighbors",
+        )
     return value
 
 
@@ -81,6 +94,14 @@ class GenerateRequest(Strict):
     min_tokens_to_generate: Annotated[
         int, Field(ge=0), Says("min_tokens_to_generate must be an integer no less than 0")
     ] = 0
+    min_tokens: Annotated[
+        int,
+        Field(ge=0, description="vLLM's. Nothing ends a text before, end strings neither."),
+        Says("min_tokens must be an integer no less than 0"),
+    ] = 0
+    ignore_eos: Annotated[
+        bool, Field(description="vLLM's. eos is a token like others."), Says("ignore_eos must be a boolean value")
+    ] = False
     neighbors: Annotated[
         _Neighbors,
         AfterValidator(_no_retrieval),
@@ -97,34 +118,56 @@ class GenerateRequest(Strict):
         """Raises BadRequest: the first rule broken."""
         if not isinstance(body, Mapping):
             raise BadRequest("the body must be a JSON object with the key 'sentences'")
-        unknown = sorted(body.keys() - cls.model_fields.keys())
-        if unknown and cls.model_config.get("extra") == "forbid":
-            known = [key for key in cls.model_fields if key != "task_ids"]
-            near = difflib.get_close_matches(unknown[0][:100], known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known)}"
-            raise BadRequest(f"The request key {unknown[0][:100]!r} is not allowed{hint}")
+        if cls.model_config.get("extra") == "forbid":
+            body = cls._without_neutral(body)
         try:
             return cls.model_validate(body, context={"max_prompts": max_prompts})
         except ValidationError as err:
             raise cls._refusal(err) from None
 
     @classmethod
+    def _without_neutral(cls, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of the model. Raises BadRequest: another one is unknown, or asks for something."""
+        for key in sorted(body.keys() - cls.model_fields.keys()):
+            if (row := GENERATION.get(key)) is None:
+                known = [key for key in cls.model_fields if key != "task_ids"]
+                near = difflib.get_close_matches(key[:100], [*known, *GENERATION], n=1, cutoff=0.75)
+                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+                raise BadRequest(f"The request key {key[:100]!r} is not allowed; {hint}")
+            if body[key] is not None and not row.takes(body[key]):
+                raise BadRequest(row.refusal(key, body[key]))
+        return {key: value for key, value in body.items() if key in cls.model_fields}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        told = handler(schema)
+        if cls.model_config.get("extra") == "forbid":
+            properties = handler.resolve_ref_schema(told)["properties"]
+            properties |= {key: row.schema() for key, row in GENERATION.items() if key not in properties}
+        return told
+
+    @classmethod
     def _refusal(cls, err: ValidationError) -> BadRequest:
-        first = err.errors(include_url=False, include_input=False)[0]
+        first = err.errors(include_url=False)[0]
         key, *place = first["loc"]
         if first["type"] == "refused":
             return BadRequest(first["ctx"]["message"])
         if key != "sentences":
-            return BadRequest(
-                next(word.message for word in cls.model_fields[str(key)].metadata if isinstance(word, Says))
-            )
+            words = next(word.message for word in cls.model_fields[str(key)].metadata if isinstance(word, Says))
+            return BadRequest(cls._with_value(words, first["input"]))
         if first["type"] == "missing":
             return BadRequest("the key 'sentences' is missing; it must be a list of strings")
         if first["type"] == "too_many":
             return BadRequest(f"Maximum number of sentences is {first['ctx']['most']}", always_400=True)
         if place:
-            return BadRequest(f"sentences[{place[0]}] must be a string of valid Unicode")
-        return BadRequest("sentences must be a non-empty list of strings")
+            return BadRequest(
+                cls._with_value(f"sentences[{place[0]}] must be a string of valid Unicode", first["input"])
+            )
+        return BadRequest(cls._with_value("sentences must be a non-empty list of strings", first["input"]))
+
+    @classmethod
+    def _with_value(cls, words: str, value: Any) -> str:
+        return f"{words}, found {shown(value)}"
 
 
 class Nemo123Request(GenerateRequest):
@@ -133,3 +176,7 @@ class Nemo123Request(GenerateRequest):
     model_config = ConfigDict(extra="ignore")
 
     neighbors: _Neighbors = None
+
+    @classmethod
+    def _with_value(cls, words: str, value: Any) -> str:
+        return words

@@ -38,9 +38,10 @@ def line_samples(
         ids = prompt_ids(prompt, info, add_BOS=False, name=name)
         if room_for(ids, info, name) < longest:
             raise BadRequest(
-                f"{name} has {len(ids)} tokens; with a line of up to {longest} that is more "
-                f"than the model's context of {info.context_length}. Shorten the conversation.",
+                f"This model's maximum context length is {info.context_length} tokens, and the prompt is too long: "
+                f"{name} has {len(ids)} tokens, and a line of up to {longest} is to come. Shorten the conversation.",
                 param=name,
+                code="context_length_exceeded",
             )
         texts = _legal_texts(known or {}, served, f"given[{index}]")
         samples.append(

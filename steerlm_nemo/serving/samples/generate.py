@@ -17,6 +17,9 @@ def generate_samples(asked: GenerateRequest, info: ModelInfo) -> list[Sample]:
         BadRequest: a prompt is empty or fills the context, or the answer would hold too many probabilities.
     """
     stop_ids, stop_texts = stops(asked.end_strings, info)
+    if asked.ignore_eos:
+        stop_ids = tuple(token_id for token_id in stop_ids if token_id != info.tokenizer.eos_id)
+    least = max(asked.min_tokens_to_generate, asked.min_tokens)
     samples = []
     for index, sentence in enumerate(asked.sentences):
         ids = prompt_ids(sentence, info, asked.add_BOS, f"sentences[{index}]")
@@ -25,7 +28,8 @@ def generate_samples(asked: GenerateRequest, info: ModelInfo) -> list[Sample]:
             Sample(
                 prompt_ids=tuple(ids),
                 tokens_to_generate=tokens_to_generate,
-                min_tokens_to_generate=min(asked.min_tokens_to_generate, tokens_to_generate),
+                min_tokens_to_generate=min(least, tokens_to_generate),
+                stops_wait=asked.min_tokens > 0,
                 greedy=asked.greedy,
                 temperature=asked.temperature,
                 top_k=min(asked.top_k, info.vocab_size),

@@ -39,10 +39,10 @@ def most_characters(info: ModelInfo) -> int:
 
 
 def no_room(name: str, length: str, info: ModelInfo) -> BadRequest:
-    """The refusal of a prompt that fills the context. It begins as OpenAI's, by which clients know it."""
+    """The refusal of a prompt that fills the context, in words of OpenAI's and vLLM's by which clients know it."""
     return BadRequest(
-        f"This model's maximum context length is {info.context_length} tokens. However, {name} has {length}, which "
-        "leaves no room to generate. Shorten the prompt.",
+        f"This model's maximum context length is {info.context_length} tokens. However, the prompt is too long: "
+        f"{name} has {length}, which leaves no room to generate. Shorten it.",
         param=name,
         code="context_length_exceeded",
     )
