@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -334,23 +335,26 @@ class Scheduler:
 
     def _score(self, rows: Sequence[tuple[Row, list[int]]], logits_NV: torch.Tensor) -> None:
         """Log-probabilities of the tokens after each row's wanted positions."""
-        if not rows:
-            return
-        targets = [row.ids[row.wanted[0] + 1 : row.wanted[0] + 1 + len(places)] for row, places in rows]
-        places = np.array([place for _, places in rows for place in places])
-        logprobs = _logprobs(logits_NV, places, np.array([token for tokens in targets for token in tokens]))
-        start = 0
-        for number, (row, row_places) in enumerate(rows):
-            mine = logprobs[start : start + len(row_places)]
-            tokens = targets[number]
-            start += len(row_places)
-            if isinstance(row, SampleRow) and (row.sample.all_probs or row.sample.top_logprobs):
-                whole = logits_NV[torch.tensor(row_places, device=logits_NV.device)].log_softmax(-1)
-                # The same numbers, to the last bit: clients find out so whether a token is the likeliest.
-                mine = whole.gather(1, torch.tensor(tokens, device=whole.device)[:, None])[:, 0].tolist()
-                row.add_distributions(whole)
-            self._cache.remember(row.line, row.first_wanted, mine)
-            row.logprob += mine
+        alone: list[tuple[Row, list[int], list[int]]] = []  # and the tokens
+        for row, places in rows:
+            tokens = row.ids[row.wanted[0] + 1 : row.wanted[0] + 1 + len(places)]
+            if not isinstance(row, SampleRow) or not (row.sample.all_probs or row.sample.top_logprobs):
+                alone.append((row, places, tokens))
+                continue
+            whole = logits_NV[torch.tensor(places, device=logits_NV.device)].log_softmax(-1)
+            row.add_distributions(whole)
+            # The same numbers, to the last bit: by them, clients tell whether a token is the likeliest.
+            chosen = torch.tensor(tokens, device=whole.device)[:, None]
+            self._keep_logprobs(row, whole.gather(1, chosen)[:, 0].tolist())
+        if alone:
+            at = np.array([place for _, places, _ in alone for place in places])
+            logprobs = iter(_logprobs(logits_NV, at, np.array([token for _, _, tokens in alone for token in tokens])))
+            for row, _, tokens in alone:
+                self._keep_logprobs(row, list(islice(logprobs, len(tokens))))
+
+    def _keep_logprobs(self, row: Row, logprobs: list[float]) -> None:
+        self._cache.remember(row.line, row.first_wanted, logprobs)
+        row.logprob += logprobs
 
     def _finish_reason(self, row: SampleRow, token: int) -> str | None:
         sample = row.sample
