@@ -32,7 +32,7 @@ FLOW       ?= toy
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo flow test lint bench convert export inspect preprocess clean inspect-data show-mask \
+.PHONY: help setup demo flow test genuine lint bench convert export inspect preprocess clean inspect-data show-mask \
         train-value train-steerlm serve-value serve-steerlm annotate steer
 
 help:  ## list the targets
@@ -58,6 +58,10 @@ flow: $(READY)  ## run nemo_configs/flows/FLOW.yaml; parameters, --dry-run, --on
 
 test: $(READY)  ## all tests (no network, no GPU)
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)
+
+# Their own environments, of pinned versions, are made below .cache/ on first use, by pip; they use all cores.
+genuine: $(READY)  ## a genuine model, SmolLM2-135M-Instruct, through every step beside transformers (fetches 0.1 GB, needs 4 GB)
+	OMP_NUM_THREADS=$$(nproc) TORCH_INDEX=$(TORCH_INDEX) $(PY) -m pytest -q tests/genuine $(ARGS)
 
 bench: $(READY)  ## measure against NeMo's own code and the machine's limits; ONLY="convert clean" for some
 	$(PY) tests/benchmarks/run.py $(ONLY)
