@@ -32,7 +32,7 @@ FLOW       ?= toy
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo flow test genuine lint bench convert export inspect preprocess clean inspect-data show-mask \
+.PHONY: help setup demo flow test genuine clients lint bench convert export inspect preprocess clean inspect-data show-mask \
         train-value train-steerlm serve-value serve-steerlm annotate steer
 
 help:  ## list the targets
@@ -62,6 +62,9 @@ test: $(READY)  ## all tests (no network, no GPU)
 # Their own environments, of pinned versions, are made below .cache/ on first use, by pip; they use all cores.
 genuine: $(READY)  ## a genuine model, SmolLM2-135M-Instruct, through every step beside transformers (fetches 0.1 GB, needs 4 GB)
 	OMP_NUM_THREADS=$$(nproc) TORCH_INDEX=$(TORCH_INDEX) $(PY) -m pytest -q tests/genuine $(ARGS)
+
+clients: $(READY)  ## the clients people have, each unmodified in an environment of its own, at real servers (fetches 1 GB)
+	TORCH_INDEX=$(TORCH_INDEX) $(PY) -m pytest -q tests/clients $(ARGS)
 
 bench: $(READY)  ## measure against NeMo's own code and the machine's limits; ONLY="convert clean" for some
 	$(PY) tests/benchmarks/run.py $(ONLY)
