@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import made_models
 import pytest
 import reference
 import tiny_world
@@ -90,4 +89,3 @@ def test_nemo_skills_draws_from_the_likeliest(chatting: Program, client: str) ->
     body["extra_body"] = {**body["extra_body"], "top_k": 1}  # the likeliest alone: greedy again
     greedy = chatting("chat_async", **skills_body(12, messages=QUESTION))
     assert chatting("chat_async", **body)["choices"][0]["message"] == greedy["choices"][0]["message"]
-    assert made_models.DIALOGUES[QUESTION[0]["content"]]

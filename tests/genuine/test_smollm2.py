@@ -132,6 +132,24 @@ def test_texts_are_those_of_transformers(server: str, reference: Reference) -> N
     assert usage["completion_tokens"] == sum(len(answer["added_ids"]) for answer in reference.answers)
 
 
+def test_chats_by_the_models_own_template_are_those_of_transformers(
+    server: str, reference: Reference, figure: Figure
+) -> None:
+    def chat(answer: dict[str, Any]) -> dict[str, Any]:
+        messages = [{"role": "user", "content": answer["question"]}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": 48}
+        response = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=300, trust_env=False)
+        assert response.status_code == 200, response.text
+        return response.json()  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(8) as pool:
+        chats = list(pool.map(chat, reference.answers))
+    for answer, ours in zip(reference.answers, chats, strict=True):
+        assert ours["choices"][0]["message"]["content"] == answer["text"], answer["question"]
+        assert ours["usage"]["prompt_tokens"] == len(answer["prompt_ids"])
+    figure("chats equal in every character", f"{len(chats)} of {len(reference.answers)}")
+
+
 def test_on_three_ranks_they_are_the_same(converted: str, reference: Reference) -> None:
     with served(NEMO, "trainer.devices=3") as url:
         assert httpx.get(f"{url}/health", trust_env=False).json()["tp_size"] == 3
