@@ -145,11 +145,17 @@ REFUSED = {
         ("DeepseekForCausalLM", "GraniteMoeForCausalLM", "OlmoeForCausalLM", "JetMoeForCausalLM"), _EXPERTS
     ),
     **dict.fromkeys(("GptOssForCausalLM", "Glm4MoeForCausalLM", "Llama4ForCausalLM", "DbrxForCausalLM"), _EXPERTS),
-    **dict.fromkeys(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"), "a mixture of experts with latent attention"),
+    **dict.fromkeys(("SolarOpenForCausalLM", "MellumForCausalLM", "Dots1ForCausalLM", "AfmoeForCausalLM"), _EXPERTS),
     **dict.fromkeys(
-        ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), _GEMMA
+        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Mistral4ForCausalLM"),
+        "a mixture of experts with latent attention",
     ),
-    "GraniteForCausalLM": "it multiplies embeddings, residuals, attention scores and logits by factors of its own",
+    **dict.fromkeys(("MiniCPM3ForCausalLM", "YoutuForCausalLM"), "it has latent attention"),
+    **dict.fromkeys(("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "VaultGemmaForCausalLM"), _GEMMA),
+    **dict.fromkeys(
+        ("GraniteForCausalLM", "GraniteSWAForCausalLM", "HyperCLOVAXForCausalLM"),
+        "it multiplies embeddings, residuals, attention scores and logits by factors of its own",
+    ),
     "MiniCPMForCausalLM": "it scales embeddings, residuals and logits",
     **dict.fromkeys(
         ("CohereForCausalLM", "Cohere2ForCausalLM", "PhiForCausalLM", "FalconForCausalLM"),
@@ -197,6 +203,10 @@ REFUSED = {
         "some of its layers have no attention",
     ),
     **dict.fromkeys(("GraniteMoeHybridForCausalLM", "NemotronHForCausalLM"), "some of its layers have no attention"),
+    **dict.fromkeys(
+        ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "KimiLinearForCausalLM", "FalconH1ForCausalLM"),
+        "most of its layers have linear attention, or a state instead of it. Qwen2, 2.5 and 3 (dense) convert",
+    ),
     **dict.fromkeys(("Emu3ForCausalLM", "AriaTextForCausalLM"), _SEES),
 }
 _BY_ENDING = (  # of a name that is not listed
