@@ -4,6 +4,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -220,6 +221,11 @@ def test_every_number_of_the_server_names_the_model(engine):
         ours = [sample for sample in samples(port) if sample.name.startswith("steerlm_")]
     assert len({sample.name for sample in ours}) > 20
     assert {sample.labels.get("model_name") for sample in ours} == {"VALUE_TO_TEXT"}
+    told = (Path(__file__).parents[2] / "docs" / "serving.md").read_text().partition("## Numbers for Prometheus")[2]
+    ends = "_(bucket|sum|count|created)$"
+    assert {re.sub(ends, "", sample.name).removeprefix("steerlm_") for sample in ours} - {"requests"} <= {
+        *re.findall(r"`(\w+)`", told)
+    }
 
 
 def test_histograms_hold_every_row_and_every_token(engine):
