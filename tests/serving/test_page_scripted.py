@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import live
 import page_measures
 import pytest
 from page_driver import Page, chromium, fresh_page, needs_chromium
-from page_stub import PageStub, graded, past_messages, refused, said
+from page_stub import CARDS, PageStub, graded, past_messages, refused, said
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
@@ -92,29 +93,27 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_message_without_an_answer_stays_with_its_reason_and_is_given_back(
-    page: Page, stub: PageStub, fault: str
-) -> None:
-    answer, reason = FAULTS[fault]
-    page.serve("steer", answer=lambda body: answer())
-    page.ask("What is a dog?")
-    page.until(lambda: page.all("#refused"))
-    alert = page.one("#refused")
-    assert reason in alert.text and "Your message is back in the box" in alert.text
-    assert alert.get_attribute("role") == "alert" and in_view(page, "#refused")
-    assert typed(page) == page.one(".prompt").text == "What is a dog?"
-    assert [reason.split(": ")[-1] in card.text for card in page.all(".answer .error")] == (
-        [True, True] if fault != "another model" else [False, False]
-    )
-    assert "Not answered" in page.one(".turn").text
+def test_a_message_without_an_answer_stays_with_its_reason_and_is_given_back(page: Page, stub: PageStub) -> None:
+    page.serve("steer")
+    for fault, (answer, reason) in FAULTS.items():
+        stub.asked.clear()
+        stub.answer = lambda body: answer()  # noqa: B023
+        page.ask("What is a dog?")
+        page.until(lambda: page.all("#refused"))
+        alert = page.one("#refused")
+        assert reason in alert.text and "Your message is back in the box" in alert.text, fault
+        assert alert.get_attribute("role") == "alert" and in_view(page, "#refused")
+        assert typed(page) == page.one(".prompt").text == "What is a dog?"
+        assert "Not answered" in page.one(".turn").text
+        assert len(page.all(".answer .error")) == 2
 
-    stub.answer = lambda body: said("A pet.")
-    page.press("Try again")  # at the box: both settings
-    page.settle()
-    assert page.answers() == ["A pet."] * 2 and page.alerts() == [] and typed(page) == ""
-    assert "Not answered" not in page.one(".turn").text
-    assert stub.asked[-1] in stub.asked[:2]  # the very request
+        stub.answer = lambda body: said("A pet.")
+        page.press("Try again")  # at the box: both settings
+        page.settle()
+        assert page.answers() == ["A pet."] * 2 and page.alerts() == [] and typed(page) == ""
+        assert "Not answered" not in page.one(".turn").text
+        assert stub.asked[-1] in stub.asked[:2]  # the very request
+        page.press("Clear chat")
 
 
 def test_an_edited_message_follows_the_failed_one_which_says_that_it_was_left_out(page: Page, stub: PageStub) -> None:
@@ -289,10 +288,30 @@ def test_a_reload_in_the_middle_of_an_answer_keeps_what_came(page: Page, stub: P
 
 def test_a_browser_that_keeps_no_more_is_told_of(page: Page, stub: PageStub) -> None:
     serve_single(page)
-    page.run("Storage.prototype.setItem = () => { throw new DOMException('The quota has been exceeded.') }")
+    page.run(
+        "window.real = Storage.prototype.setItem;"
+        "Storage.prototype.setItem = function (key, value) {"
+        "  if (key.startsWith('chat')) throw new DOMException('The quota has been exceeded.');"
+        "  real.call(this, key, value); }"
+    )
     page.ask("What is a dog?")
+    page.one("#prompt").send_keys("R")  # a draft is kept still, the conversation is not
     assert page.answers() == ["Yes."]
     assert "a reload loses it: The quota has been exceeded." in page.one("#unkept").text
+    page.run("Storage.prototype.setItem = real")
+    page.ask("Really?")
+    assert not page.all("#unkept")
+
+
+def test_a_token_that_is_asked_for_in_the_middle_loses_nothing(page: Page, stub: PageStub) -> None:
+    page.serve("steer", answer=lambda body: refused(401, "this server wants a token"))
+    page.ask("What is a dog?")
+    assert typed(page) == "What is a dog?" and "wants a bearer token" in page.one("#token").text
+    stub.answer = lambda body: said("A pet.")
+    page.set("#token-value", "open-sesame")
+    page.press("Use token")
+    page.until(lambda: page.answers() == ["A pet."] * 2)
+    assert typed(page) == "" and not page.alerts()
 
 
 # ---- what is served ----
@@ -317,6 +336,29 @@ def test_the_two_settings_begin_at_the_top_and_the_bottom_of_what_is_wanted(
     assert all(name in page.one("#difference").text for name in wanted)
 
 
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("chat", "by the chat template that came with it"),
+        ("plain", "trained on conversations without attributes"),
+    ],
+)
+def test_a_model_without_attributes_chats_without_sliders(page: Page, stub: PageStub, mode: str, says: str) -> None:
+    page.serve(mode)
+    assert not page.all("input[type=range]") and not page.all("#compare")
+    assert says in page.one("#empty").text and "nothing to steer" in page.one("#empty").text
+    assert CARDS[mode]["title"] in page.one("#served").text
+    page.ask("What is a dog?")
+    page.ask("Really?")
+    assert stub.asked[-1]["messages"] == [
+        {"role": "user", "content": "What is a dog?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Really?"},
+    ]
+    assert "attributes" not in stub.asked[-1]
+    assert "None" not in page.request("Python") and "attributes" not in page.request("curl")
+
+
 def test_a_model_that_only_continues_text_shows_the_text_with_what_followed(page: Page, stub: PageStub) -> None:
     page.serve("continue", answer=lambda body: refused(400, TOO_LONG))
     assert "no chat template" in page.one("#why-plain").text
@@ -339,7 +381,7 @@ def test_a_model_that_only_continues_text_shows_the_text_with_what_followed(page
 
 def test_a_model_that_the_page_cannot_ask_is_told_what_it_is(page: Page) -> None:
     page.serve("none")
-    assert "kind reward" in page.one("#none").text and "/openapi.json" in page.one("#none").text
+    assert "a pairwise reward model" in page.one("#none").text and "/openapi.json" in page.one("#none").text
 
 
 # ---- the value page ----
@@ -426,8 +468,16 @@ def filled(page: Page, stub: PageStub, mode: str) -> None:
         page.settle()
 
 
-@pytest.mark.parametrize("width", [320, 768, 1280])
-@pytest.mark.parametrize("mode", ["steer", "grade", "continue", "none"])
+@pytest.mark.parametrize(
+    ("mode", "width"),
+    [
+        *product(("steer", "grade"), (320, 768, 1280)),
+        ("chat", 320),
+        ("continue", 320),
+        ("continue", 1280),
+        ("none", 320),
+    ],
+)
 def test_everything_is_legible_and_in_reach(page: Page, stub: PageStub, mode: str, width: int) -> None:
     page.fit(width, 700)
     page.serve(mode, schema=NEMO12_LANG)
@@ -446,6 +496,11 @@ def test_everything_is_legible_and_in_reach(page: Page, stub: PageStub, mode: st
             assert page.run(page_measures.STICKS_OUT, part) == []
             assert page.run(page_measures.COVERED, part) == []
             page.run("if (innerWidth < 960) settings.open = false")
+        if page.all(".answer"):
+            page.run("document.querySelector('.answer .tools button:last-child').click()")
+            for measure in (page_measures.CONTRASTS, page_measures.SMALL_TARGETS, page_measures.STICKS_OUT):
+                assert page.run(measure, "dialog") == []
+            page.press("Close")
 
 
 def test_the_measures_see_what_is_wrong(page: Page) -> None:
@@ -519,6 +574,24 @@ def test_the_keyboard_goes_through_the_page_in_order_and_is_seen(page: Page, stu
     wanted += [f"{side}-{one.name}" for one in HELPSTEER5.attributes for side in "AB"]
     assert order[: len(wanted)] == wanted
     assert order[len(wanted) :][:5] == ["greedy", "max-tokens", "system", "prompt", "send"]
+
+
+def test_the_focus_stays_where_the_button_was(page: Page, stub: PageStub) -> None:
+    def focus() -> str:
+        return page.run("return document.activeElement.id || document.activeElement.textContent")
+
+    serve_single(page, answer=lambda body: said("A pet", held=True))
+    page.set("#prompt", "What is a dog?")
+    page.one("#send").send_keys(Keys.ENTER)
+    assert focus() == "stop"
+    page.one("#stop").send_keys(Keys.ENTER)
+    page.settle()
+    assert focus() == "send"
+    stub.answer = lambda body: refused(429, "busy")
+    page.ask("Really?")
+    page.all("#refused button")[0].send_keys(Keys.ENTER)
+    page.settle()
+    assert focus() == "prompt"
 
 
 def test_an_answer_is_read_out_once_and_whole(page: Page, stub: PageStub) -> None:

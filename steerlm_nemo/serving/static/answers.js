@@ -46,7 +46,7 @@ export function makeAnswer(kind, side, body, again, past = {}) {
   const answer = { kind, side, body, state, text: document.createTextNode(text), about, error, status: 0, code: null };
   answer.tools = element(
     "div",
-    { className: "buttons" },
+    { className: "buttons tools" },
     button("Request", () => showRequest(ENDPOINTS[kind].path, body)),
   );
   answer.parts = {

@@ -2,7 +2,7 @@
 // is given back for another attempt.
 
 import { isResponse, isRunning, makeAnswer, reasons, runAll, told, whenBusy } from "./answers.js";
-import { $, button, element, narrow, tell } from "./elements.js";
+import { $, button, element, narrow, swap, tell } from "./elements.js";
 import { keep, keepTyped, kept } from "./kept.js";
 import { chatBody } from "./requests.js";
 import { served } from "./server.js";
@@ -149,6 +149,7 @@ function askOnceMore(turn, answers) {
     return answer;
   });
   offerChoice(turn);
+  if (!narrow.matches) $("prompt").focus(); // the button that was pressed is gone; a phone would open its keyboard
   write(turn, fresh);
 }
 
@@ -274,7 +275,7 @@ export function restoreChat() {
 }
 
 whenBusy((now) => {
-  $("stop").hidden = !now;
-  $("send").hidden = now;
+  if (now) swap($("send"), $("stop"));
+  else swap($("stop"), $("send"));
   settleAll();
 });

@@ -1,7 +1,7 @@
 // A model that does not chat continues a text.
 
-import { isRunning, makeAnswer, reasons, runAll, told, whenBusy } from "./answers.js";
-import { $, button, element, tell } from "./elements.js";
+import { isResponse, isRunning, makeAnswer, reasons, runAll, told, whenBusy } from "./answers.js";
+import { $, button, element, swap, tell } from "./elements.js";
 import { makeList } from "./lists.js";
 import { completionBody } from "./requests.js";
 import { served } from "./server.js";
@@ -26,7 +26,9 @@ export function continueText() {
 }
 
 function askOnceMore(old) {
-  if (!isRunning()) write(makeAnswer("text", "", old.body, askOnceMore));
+  if (isRunning()) return;
+  if (!isResponse(old)) list.remove(old.element);
+  write(makeAnswer("text", "", old.body, askOnceMore));
 }
 
 async function write(answer) {
@@ -47,6 +49,6 @@ export const restoreTexts = list.restore;
 export const keepTexts = list.changed;
 
 whenBusy((now) => {
-  $("stop-text").hidden = !now;
-  $("continue").hidden = now;
+  if (now) swap($("continue"), $("stop-text"));
+  else swap($("stop-text"), $("continue"));
 });

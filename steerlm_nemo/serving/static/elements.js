@@ -30,6 +30,14 @@ export function tell(place, text, ...buttons) {
   if (text !== null) place.scrollIntoView({ block: "nearest" });
 }
 
+/** Shows one control in the place of another, and leaves the focus in that place. */
+export function swap(from, to) {
+  const hadFocus = document.activeElement === from;
+  from.hidden = true;
+  to.hidden = false;
+  if (hadFocus) to.focus();
+}
+
 /** Changes the page, and keeps the end of the conversation in view if it was. */
 export function follow(change) {
   const box = getComputedStyle($("thread")).overflowY === "auto" ? $("thread") : document.scrollingElement;

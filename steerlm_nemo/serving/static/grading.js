@@ -10,6 +10,8 @@ import { showRequest } from "./copying.js";
 const MOST_SHOWN = 11; // values of an attribute; of more, such as languages, the likeliest
 const LIKELIEST = 4;
 
+let isGrading = false;
+
 const list = makeList(() => `grades ${served.model} ${served.format.digest}`, shown, {
   list: "grades",
   clear: "clear-grades",
@@ -20,10 +22,10 @@ const list = makeList(() => `grades ${served.model} ${served.format.digest}`, sh
 export const restoreGrades = list.restore;
 
 export async function grade() {
-  if ($("grade").disabled) return;
+  if (isGrading) return;
   const body = annotateBody($("grading-system").value, $("question").value, $("response").value);
   tell($("ungraded"), null);
-  $("grade").disabled = true;
+  busy(true);
   announce("Grading.");
   try {
     const { content, attributes, attributes_soft } = (await askJson("/v1/annotate", body)).conversations[0].messages.at(-1);
@@ -36,8 +38,14 @@ export async function grade() {
     tell($("ungraded"), error.message, button("Try again", grade));
     if (error.status === 401) wantToken(grade);
   } finally {
-    $("grade").disabled = false;
+    busy(false);
   }
+}
+
+/** The button keeps the focus, as a disabled one would not. */
+function busy(now) {
+  isGrading = now;
+  $("grade").setAttribute("aria-disabled", String(now));
 }
 
 function spoken(name) {

@@ -1,17 +1,19 @@
 // What a reload must not lose lies in sessionStorage: it belongs to this tab and ends with it.
 
-import { $, element } from "./elements.js";
+import { $, tell } from "./elements.js";
+
+const unkept = new Map(); // keys of what a reload would lose, and why
 
 export function keep(key, value) {
   try {
     sessionStorage.setItem(key, JSON.stringify(value));
-    $("unkept").hidden = true;
+    if (!unkept.delete(key)) return;
   } catch (error) {
-    $("unkept").hidden = false;
-    $("unkept").replaceChildren(
-      element("p", { textContent: `This browser keeps no more of the page, so that a reload loses it: ${error.message}` }),
-    );
+    if (unkept.get(key) === error.message) return; // said already
+    unkept.set(key, error.message);
   }
+  const [reason] = unkept.values();
+  tell($("unkept"), reason ? `This browser keeps no more of the page, so that a reload loses it: ${reason}` : null);
 }
 
 /** What was kept, or null. */

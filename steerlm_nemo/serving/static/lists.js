@@ -31,8 +31,10 @@ export function makeList(key, make, ids) {
     const undo = button("Bring it back", () => {
       tell($(ids.told), null);
       fill([...items, ...old]);
+      $(ids.clear).focus();
     });
     tell($(ids.told), "The list is cleared, and this tab keeps it no longer.", undo);
+    undo.focus();
   };
 
   return {
@@ -40,6 +42,11 @@ export function makeList(key, make, ids) {
       tell($(ids.told), null);
       items.unshift({ data, element });
       $(ids.list).prepend(element);
+      changed();
+    },
+    remove(element) {
+      element.remove();
+      items = items.filter((item) => item.element !== element);
       changed();
     },
     restore() {

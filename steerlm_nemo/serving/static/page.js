@@ -11,18 +11,17 @@ import { askJson, served, wantToken } from "./server.js";
 import { makeSliders, sampling, settled } from "./settings.js";
 
 // What the page is for, by the first of these abilities that the model has.
-const MODES = { chat: "steer", lines: "grade", generate: "continue" };
+const MODES = { steer: "steer", chat: "chat", lines: "grade", generate: "continue" };
 const FIRST = { steer: "prompt", chat: "prompt", grade: "question", continue: "text" };
 const phone = matchMedia("(hover: none) and (pointer: coarse)"); // its keyboard has no Shift+Enter
 
 async function begin() {
   tell($("problem"), null);
   try {
-    const { id, kind, abilities, context_length } = (await askJson("/v1/models")).data[0];
+    const { id, kind, title, abilities, template, context_length } = (await askJson("/v1/models")).data[0];
     const mode = MODES[Object.keys(MODES).find((ability) => abilities.includes(ability))] ?? "none";
     const format = ["steer", "grade"].includes(mode) ? await askJson("/v1/attributes") : null;
-    const title = kind ? `a model of kind ${kind}` : "a checkpoint without a kind";
-    Object.assign(served, { model: id, title, mode, contextLength: context_length, format });
+    Object.assign(served, { model: id, kind, title, template, mode, contextLength: context_length, format });
   } catch (error) {
     if (error.status === 401) return wantToken(begin);
     $("served").textContent = "";
@@ -37,6 +36,7 @@ async function begin() {
   );
   $("max-tokens").max = served.contextLength - 1;
   $("max-tokens").value = Math.min(256, Math.floor(served.contextLength / 2));
+  $("system").placeholder = served.template === "own" ? "none" : "the one of training";
   if (mode === "steer") makeSliders();
   if (narrow.matches) $("settings").open = false;
   restoreTyped();
@@ -54,6 +54,14 @@ const explain = {
     $("empty").textContent =
       `Set the ${served.format.schema.attributes.length} attributes, then ask. ` +
       "A and B get the same question; what differs between the answers comes from the attributes.";
+    restoreChat();
+  },
+  chat() {
+    $("empty").textContent =
+      (served.template === "own"
+        ? "This model chats by the chat template that came with it. "
+        : "This model was trained on conversations without attributes. ") +
+      "It has no attribute schema, so there is nothing to steer.";
     restoreChat();
   },
   grade: restoreGrades,
