@@ -36,6 +36,7 @@ _BRACKET = re.compile(r"[<>\[\]{}|]")
 
 # How alike a name must be to one of a schema to be taken for that one, misspelt: no two names of the presets are.
 _MISSPELT = 0.85
+_BLANKS = " \t\r\n\xa0"  # not what else Unicode calls a space: some of it ends lines
 
 
 def items_of(line: str) -> Iterator[tuple[str, str]]:
@@ -44,8 +45,8 @@ def items_of(line: str) -> Iterator[tuple[str, str]]:
     The one reader of lines. Raises ValueError saying which item is no pair, or has the key of one before it.
     """
     seen = set()
-    for item in line.strip().removesuffix(",").split(",") if line.strip() else ():
-        key, colon, value = (part.strip() for part in item.partition(":"))
+    for item in line.strip(_BLANKS).removesuffix(",").split(",") if line.strip(_BLANKS) else ():
+        key, colon, value = (part.strip(_BLANKS) for part in item.partition(":"))
         if not colon or not key or key in seen:
             raise ValueError(f"attribute item {shown(item)} is not a new key:value pair")
         seen.add(key)

@@ -79,7 +79,7 @@ def ok(script: str, *arguments: object) -> None:
 def ports() -> Iterator[dict[str, int]]:
     steerlm = SteerLMFormat(EXTRA_ID_TEMPLATE, stub_server.FORMAT.schema, STEERLM)
 
-    def generate(pool: ServerPool, prompts: list[str], **sampling: object) -> SimpleNamespace:
+    def generate(pool: ServerPool, prompts: list[str], home: int = 0, **sampling: object) -> SimpleNamespace:
         """The stub grades only."""
         return SimpleNamespace(completions=["Yes.\n"] * len(prompts))
 

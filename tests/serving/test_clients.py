@@ -168,10 +168,11 @@ def test_the_page_really_makes_these_bodies_and_no_others():
     script = f"{program}\nconst LINE = {json.dumps(LINE)}, DRAWN = {drawn};\nconsole.log(JSON.stringify([{calls}]));"
     run = subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == [body for *_, body in PAGE]
-    makers = set(re.findall(r"^function (\w+Body)\(", program, re.MULTILINE))
-    page = (static / "page.js").read_text()
-    assert set(re.findall(r"const body = (\w+)\(", page)) == makers == {call.partition("(")[0] for call, *_ in PAGE}
-    assert set(re.findall(r'"(/v1/[\w/]+)", body', page)) == {path for _, _, path, _ in PAGE}
+    makers = set(re.findall(r"^export function (\w+Body)\(", program, re.MULTILINE))
+    page = "".join(file.read_text() for file in static.glob("*.js") if file.name != "requests.js")
+    assert set(re.findall(r"\b(\w+Body)\(", page)) == makers == {call.partition("(")[0] for call, *_ in PAGE}
+    read = {"/v1/models", "/v1/attributes"}
+    assert set(re.findall(r'"(/v1/[\w/]+)"', page)) - read == {path for _, _, path, _ in PAGE}
 
 
 # ---- the documentation ---------------------------------------------------------------------------------------------
