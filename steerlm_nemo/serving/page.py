@@ -51,5 +51,6 @@ def _file(name: str) -> Response:
 
 @functools.cache
 def _static() -> dict[str, bytes]:
-    """The files of the page by their names."""
-    return {file.name: file.read_bytes() for file in (files("steerlm_nemo.serving") / "static").iterdir()}
+    """The files of the page by their names, and nothing that an editor or a file manager left beside them."""
+    folder = files("steerlm_nemo.serving") / "static"
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name.rpartition(".")[2] in _TYPES}
