@@ -6,7 +6,6 @@ of the chat template, its token ids, and the ids and the text that greedy genera
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -39,7 +38,6 @@ def main() -> None:
     save_file(tensors, out / "logits.safetensors")
 
     answers = []
-    started = time.monotonic()
     for question in json.loads(questions.read_text()):
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -53,7 +51,6 @@ def main() -> None:
         answers.append({"question": question, "prompt": prompt, **ids, "text": text})
     found = {
         "transformers": transformers.__version__,
-        "seconds": round(time.monotonic() - started, 1),
         "tokenizer_class": type(tokenizer).__name__,
         "answers": answers,
     }
