@@ -141,6 +141,7 @@ class HFConfig:
         return {key: value for key, value in self.raw.items() if key not in _NEWER_KEYS} | {
             "rope_theta": self.rope["rope_theta"],
             "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+            "head_dim": self.head_dim,  # a null is worked out by some classes only
         }
 
     @property

@@ -19,6 +19,7 @@ from steerlm_nemo.checkpoint.archive import extract_nemo, read_config
 from steerlm_nemo.checkpoint.from_hf import convert, plan_conversion
 from steerlm_nemo.errors import CheckpointError, ConfigError
 from steerlm_nemo.models.loading import check_parallelism
+from steerlm_nemo.models.logits_check import transformers_logits
 
 TOKEN_IDS = torch.arange(3, 203).reshape(1, -1)
 
@@ -73,6 +74,24 @@ def test_a_model_of_which_no_source_is_known_is_exported_as_what_computes_the_sa
     ours, theirs = logits(back), logits(family[name])
     known = min(exported["vocab_size"], rows)  # rows that no token has are not known either
     assert torch.allclose(ours[..., :known], theirs[..., :known], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("absent", [(), ("head_dim", "torch_dtype")])
+def test_the_reference_of_every_architecture_is_what_transformers_makes_of_the_folder(
+    family: dict[str, Path], tmp_path: Path, name: str, absent: tuple[str, ...]
+) -> None:
+    """The comparison of logits computes with the config that we read."""
+    from transformers import AutoModelForCausalLM
+
+    raw = json.loads((family[name] / "config.json").read_text())
+    heads = raw["hidden_size"] // raw["num_attention_heads"]
+    can_go = [key for key in absent if key != "head_dim" or raw.get("head_dim", heads) == heads]
+    folder = changed(family[name], tmp_path / "model", tuple(can_go))
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", torch_dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(TOKEN_IDS).logits[0]
+    assert torch.equal(transformers_logits(folder, TOKEN_IDS[0], torch.float32), expected)
 
 
 @pytest.mark.parametrize("name", LLAMAS_UNDER_ANOTHER_NAME)
