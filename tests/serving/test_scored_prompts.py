@@ -133,4 +133,5 @@ def test_nothing_to_generate_is_answered_with_nothing_or_the_prompt(ask):
     (choice,) = ask("Lily", max_tokens=0, logprobs=None)["choices"]
     assert (choice["text"], choice["finish_reason"], choice["logprobs"]) == ("Lily", "length", None)
     assert ask("Lily", max_tokens=0, logprobs=None, echo=False)["choices"][0]["text"] == ""
-    assert len(ask("Lily", max_tokens=0, echo=False)["choices"][0]["logprobs"]["tokens"]) == 0
+    for text in TEXTS:
+        assert ask(text, max_tokens=0, echo=False)["choices"][0]["logprobs"]["tokens"] == []

@@ -381,8 +381,11 @@ def _tokens(completion: Completion, with_prompt: bool) -> list[TokenMade]:
     """The generated tokens, or all, of which the first has no log-probability."""
     nothing: tuple[tuple[int, float], ...] = ()
     ids = completion.token_ids[0 if with_prompt else completion.num_prompt_tokens :]
-    logprobs = completion.token_logprobs or (None,) * (len(ids) - with_prompt)
-    tops = completion.top_logprobs or (nothing,) * (len(ids) - with_prompt)
+    count = len(ids) - with_prompt
+    # Where nothing was generated the engine has scored the prompt, whether anybody asked for that or not.
+    scored = count if ids else 0
+    logprobs = (completion.token_logprobs or (None,) * count)[:scored]
+    tops = (completion.top_logprobs or (nothing,) * count)[:scored]
     if with_prompt:
         logprobs, tops = (None, *logprobs), (nothing, *tops)
     tokens = [TokenMade(0, *each) for each in zip(ids, logprobs, tops, strict=True)]
