@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steerlm_nemo.checkpoint.llama_config import read_hf_config
 
 
 class Reference:
     def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+        # with the parameters as they are: transformers 4 passes over those that 5 spells otherwise
+        config = LlamaConfig.from_dict(read_hf_config(folder).for_transformers_4())
+        self.model = LlamaForCausalLM.from_pretrained(folder, config=config).float().eval()
         # by what is in it, as a folder of transformers 5 names a class that 4 does not have
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
 

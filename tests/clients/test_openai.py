@@ -165,7 +165,7 @@ def test_a_prompt_is_scored_as_transformers_scores_it(chatting: Program, plain: 
 
 
 def test_exactly_so_many_tokens_can_be_asked_for(chatting: Program) -> None:
-    ask = {"messages": [{"role": "user", "content": "What is two plus two?"}], "temperature": 0}
+    ask = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
     for forced in ({"ignore_eos": True}, {"min_tokens": 33}):
         answer = chatting("chat", **ask, max_tokens=33, extra_body=forced)
         assert answer["usage"]["completion_tokens"] == 33 and answer["choices"][0]["finish_reason"] == "length"
