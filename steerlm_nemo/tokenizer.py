@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerlm_nemo.errors import InputError
-from steerlm_nemo.records import read_whole
+from steerlm_nemo.records import read_json, read_whole
 
 if TYPE_CHECKING:
     import sentencepiece
     import tokenizers
+
+logger = logging.getLogger(__name__)
 
 
 class SentencePieceTokenizer:
@@ -135,10 +138,14 @@ def _words_stand_alone(model_file: bytes) -> bool:
 class HuggingFaceTokenizer:
     """A Hugging Face tokenizer, loaded from a folder, a `tokenizer.json`, or by name what was fetched before.
 
-    The text of a special token is that token, as with transformers; in conversations see `for_template`.
+    The text of a special token is that token, as with transformers; in conversations see `for_template`. Of a folder
+    whose class the installed transformers cannot make (`TokenizersBackend` of transformers 5, code of the folder's own)
+    tokenizer.json is read as it is, with a warning, unless `as_named`. Raises InputError.
     """
 
-    def __init__(self, name_or_path: str | Path, extra_special_tokens: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, name_or_path: str | Path, extra_special_tokens: tuple[str, ...] = (), *, as_named: bool = False
+    ) -> None:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         path = Path(name_or_path)
@@ -148,9 +155,17 @@ class HuggingFaceTokenizer:
             if path.suffix == ".json" and path.is_file():
                 self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
             else:
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    str(name_or_path), use_fast=True, trust_remote_code=False, local_files_only=True
-                )
+                try:
+                    self._tokenizer = AutoTokenizer.from_pretrained(
+                        str(name_or_path), use_fast=True, trust_remote_code=False, local_files_only=True
+                    )
+                except Exception as err:
+                    if as_named or not (path / "tokenizer.json").is_file():
+                        raise
+                    self._tokenizer = _without_its_class(path)
+                    logger.warning(
+                        "%s: tokenizer.json is read as it is, since its class is not known here: %s", path, err
+                    )
         except InputError:
             raise
         except Exception as err:  # bare ones for a cut file, others for lists instead of maps
@@ -248,6 +263,20 @@ class HuggingFaceTokenizer:
     def backend(self) -> tokenizers.Tokenizer:
         """What a fast tokenizer really is."""
         return self._tokenizer.backend_tokenizer
+
+
+def _without_its_class(folder: Path) -> Any:
+    """tokenizer.json of a folder, with the parts that tokenizer_config.json gives to tokens. Raises as transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    config_file = folder / "tokenizer_config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    named = {part: config.get(part) for part in PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES}
+    parts = {part: token["content"] if isinstance(token, dict) else token for part, token in named.items()}
+    texts = {part: token for part, token in parts.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), clean_up_tokenization_spaces=False, **texts
+    )
 
 
 def load_sentencepiece(path: str | Path, model: bytes) -> sentencepiece.SentencePieceProcessor:

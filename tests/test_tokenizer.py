@@ -180,7 +180,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     [
         ("tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": {'),
         ("tokenizer.json", '{"version": "9.0", "model": {"type": "Future"}}'),
-        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": ["<a>"]}'),
+        ("tokenizer_config.json", '["tokenizer_class"]'),
     ],
 )
 def test_whatever_the_library_raises_is_one_message(tmp_path, tokenizer_json, name, content):
@@ -189,3 +189,24 @@ def test_whatever_the_library_raises_is_one_message(tmp_path, tokenizer_json, na
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match="cannot load a Hugging Face tokenizer from here"):
         HuggingFaceTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "eos_token": "<eos>"},
+        {"tokenizer_class": "TokenizersBackend", "eos_token": {"content": "<eos>", "__type": "AddedToken"}},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": ["<eos>"], "eos_token": "<eos>"},
+        {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", None]}, "eos_token": "<eos>"},
+    ],
+)
+def test_a_tokenizer_whose_class_is_not_known_here_is_read_as_it_is(tmp_path, tokenizer_json, config, caplog):
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, plain = HuggingFaceTokenizer(tmp_path), HuggingFaceTokenizer(tokenizer_json)
+    text = "What is the capital? <eos> é"
+    assert tokenizer.encode(text) == plain.encode(text)
+    assert [tokenizer.eos_id] == plain.encode("<eos>")
+    assert f"{tmp_path}: tokenizer.json is read as it is" in caplog.text
+    with pytest.raises(InputError, match="cannot load a Hugging Face tokenizer from here"):
+        HuggingFaceTokenizer(tmp_path, as_named=True)

@@ -200,7 +200,7 @@ def _loadable(folder: Path, files: dict[str, bytes]) -> TokenizerFiles:
 def _load(folder: Path) -> tuple[HuggingFaceTokenizer | None, str]:
     """The fast tokenizer of a folder, or why there is none."""
     try:
-        tokenizer = HuggingFaceTokenizer(folder)
+        tokenizer = HuggingFaceTokenizer(folder, as_named=True)  # as stock NeMo would
     except InputError as err:
         return None, str(err.__cause__ or err)  # which names a temporary folder
     return (tokenizer, "") if tokenizer.is_fast else (None, "its class does not read tokenizer.json")
