@@ -71,6 +71,9 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
         ranks = stack.enter_context(_Ranks())
         for rank, log in enumerate(logs):
             ranks.start([sys.executable, *argv], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log)
+        if ranks.signals:
+            # They have begun nothing, and Python while it starts would answer with a traceback.
+            return 128 + ranks.signals[0]
         first = ranks.wait()
         if first is None:
             return 0
@@ -102,7 +105,7 @@ class _Ranks:
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._signals: list[int] = []
+        self.signals: list[int] = []
         self._num_sent = 0
 
     def __enter__(self) -> _Ranks:
@@ -148,12 +151,12 @@ class _Ranks:
         return self._failed() if first_failed is None else first_failed
 
     def _remember(self, number: int, frame: object) -> None:
-        self._signals.append(number)
+        self.signals.append(number)
 
     def _pass_signals_on(self) -> None:
-        while self._num_sent < len(self._signals):
+        while self._num_sent < len(self.signals):
             for process in self._running():
-                process.send_signal(self._signals[self._num_sent])
+                process.send_signal(self.signals[self._num_sent])
             self._num_sent += 1
 
     def _running(self) -> list[subprocess.Popen[bytes]]:
@@ -169,8 +172,8 @@ class _Ranks:
         one has lost the others; whoever cannot wait signals again.
         """
         if first_failed is None:
-            return len(self._signals) > 1
-        return len(self._signals) != 1 or self.processes[first_failed].returncode == EXIT_RANK_FAILED
+            return len(self.signals) > 1
+        return len(self.signals) != 1 or self.processes[first_failed].returncode == EXIT_RANK_FAILED
 
     def _tell_of_stopped(self) -> None:
         """Why a rank hangs, where that can be seen (Linux only)."""
