@@ -60,7 +60,7 @@ test: $(READY)  ## all tests (no network, no GPU)
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 # Their own environments, of pinned versions, are made below .cache/ on first use, by pip; they use all cores.
-genuine: $(READY)  ## a genuine model, SmolLM2-135M-Instruct, through every step beside transformers (fetches 0.1 GB, needs 4 GB)
+genuine: $(READY)  ## a genuine model, SmolLM2-135M-Instruct, through every step beside transformers (fetches 1 GB, needs 7 GB)
 	OMP_NUM_THREADS=$$(nproc) TORCH_INDEX=$(TORCH_INDEX) $(PY) -m pytest -q tests/genuine $(ARGS)
 
 clients: $(READY)  ## the clients people have, each unmodified in an environment of its own, at real servers (fetches 1 GB)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from nemo_server import served
 from own_environment import NotMade, built, python_with, run
-from smollm2 import FIGURES, HERE, INSTALLS, NEMO, PLACE, QUESTIONS, Reference, script
+from smollm2 import FIGURES, HERE, INSTALLS, NEMO, PLACE, QUESTIONS, VLLM_INSTALLS, Reference, script
 
 _figures: dict[str, str] = {}
 
@@ -43,6 +43,15 @@ def transformers5() -> Path:
         return python_with("genuine/venv", INSTALLS)
     except NotMade as err:
         pytest.exit(f"the genuine model cannot be had: {err}", returncode=1)
+
+
+@pytest.fixture(scope="session")
+def vllm() -> Path:
+    """The Python of an environment with vLLM for CPUs; where that cannot be had, only what asks for it fails."""
+    try:
+        return python_with("genuine/vllm", VLLM_INSTALLS)
+    except NotMade as err:
+        pytest.fail(str(err), pytrace=False)
 
 
 def _make(what: str, recipe: Path, name: str, *command: object) -> Path:

