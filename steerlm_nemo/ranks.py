@@ -77,17 +77,14 @@ def launch_ranks(argv: Sequence[str], num_ranks: int) -> int:
         first = ranks.wait()
         if first is None:
             return 0
-        codes = [process.returncode for process in ranks.processes]
-        code = codes[first]
-        for rank, (log, ended) in enumerate(zip(logs, codes, strict=True)):
-            if log is None:
-                continue
-            # Rank 0 has said why itself, unless all it knows is that it lost a partner; then it may be first to end.
-            if ended == EXIT_RANK_FAILED if code == EXIT_RANK_FAILED else rank == first and codes[0] <= 0:
-                log.seek(0)
-                said = log.read().decode(errors="replace")[-4000:]
-                how = f"ended with exit code {ended}" if ended > 0 else f"was ended by signal {-ended}"
-                print(f"rank {rank} {how}; the others were stopped. Its last words:\n{said}", file=sys.stderr)
+        code = ranks.processes[first].returncode
+        log = logs[first]
+        # Otherwise rank 0 has said why itself; not if all it knows is that it lost its partner.
+        if log is not None and (ranks.processes[0].returncode <= 0 or code == EXIT_RANK_FAILED):
+            log.seek(0)
+            said = log.read().decode(errors="replace")[-4000:]
+            how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+            print(f"rank {first} {how}; the others were stopped. Its last words:\n{said}", file=sys.stderr)
     return code if code > 0 else 128 - code
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +35,7 @@ from steerlm_nemo.ranks import EXIT_RANK_FAILED
 logger = logging.getLogger("steerlm_nemo.serving")
 
 _IDLE_TIMEOUT = timedelta(days=365)  # followers wait for work without limit; a dead rank 0 closes their connection
+_REASON_FIRST_S = 1.0  # rank 0 ends after a rank that it lost, so that the launcher shows that one's reason
 _ALIVE_S = 1.0  # between two words of a rank 0 without work
 _RANK_0_FIRST_S = 3.0  # the others give up later: rank 0 has clients to tell
 _END, _ALIVE = 0, 1  # lengths of what is no plan
@@ -137,6 +139,7 @@ class MegatronEngine:
                 # nothing can be said to them any more. Ending is what they notice, and the launcher then ends them.
                 self._closed.set()
                 logger.critical("rank 0 failed inside the model or lost another rank", exc_info=True)
+                time.sleep(_REASON_FIRST_S)
                 raise RankLostError("rank 0 failed inside the model or lost another rank; the server ends") from err
             logger.exception("the model failed; the %d rows it worked on are given up", len(plan.lines))
             return self._scheduler.fail_running(err)
