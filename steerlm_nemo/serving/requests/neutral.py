@@ -267,8 +267,6 @@ CHAT: dict[str, Neutral] = {
     "separate_reasoning": _ANY,
     "stream_reasoning": _ANY,
     "verbosity": _no("attributes steer a response; GET /v1/attributes lists them", "medium"),
-    "add_generation_prompt": _no(_NO_TEMPLATE, True),
-    "continue_final_message": _no(_NO_TEMPLATE, False),
     "chat_template": _no(_NO_TEMPLATE),
     "chat_template_kwargs": _no(_NO_TEMPLATE, {}, {"enable_thinking": False}),
     "documents": _no(_NO_TEMPLATE, []),
